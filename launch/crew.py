@@ -1,0 +1,113 @@
+"""The helper processes of one calling process: starting them, giving them work, ending them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import BinaryIO
+
+from lightlite.distributed import Ranks
+from lightlite.launch import messages
+from lightlite.launch.messages import Task
+from lightlite.launch.transport import Packed
+
+
+class Helper:
+    """One helper process, in a session of its own: a Ctrl-C at the terminal does not reach it.
+
+    Args:
+        rank: The rank it takes in every run.
+        threads: CPU threads to compute with, unless the user's OMP_NUM_THREADS says so; None for torch's choice.
+    """
+
+    def __init__(self, rank: int, threads: int | None) -> None:
+        self.rank = rank
+        self.connection, theirs = socket.socketpair()
+        environ = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONSAFEPATH": "1"}
+        environ["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+            environ["OMP_NUM_THREADS"] = str(threads)
+            environ.setdefault("MKL_NUM_THREADS", str(threads))
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        command = [sys.executable, *flags, "-m", "lightlite.launch.worker", str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),), start_new_session=True
+            )
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the helper and to everything it has started, whether it lives itself or not."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Crew:
+    """The helpers that are ranks 1 … size - 1; rank 0 is the process that makes this.
+
+    Args:
+        size: Number of ranks, the calling process included.
+        threads: As for `Helper`.
+    """
+
+    def __init__(self, size: int, threads: int | None) -> None:
+        self.owner = os.getpid()
+        self.size = size
+        self.busy = False
+        self.helpers = [Helper(rank, threads) for rank in range(1, size)]
+
+    def is_ready(self) -> bool:
+        """Whether every helper lives and waits for work."""
+        return bool(self.helpers) and not self.busy and all(helper.process.poll() is None for helper in self.helpers)
+
+    def send(self, store: tuple[str, int], work: Packed, file: BinaryIO) -> None:
+        """Give every helper its task.
+
+        Args:
+            store: Where the ranks meet.
+            work: The function and its arguments.
+            file: The rest of `work`.
+        """
+        self.busy = True
+        try:
+            folder = os.getcwd()
+        except FileNotFoundError:
+            folder = None
+        for helper in self.helpers:
+            ranks = Ranks(helper.rank, helper.rank, 0, self.size, self.size, store)
+            task = Task(ranks, work, sys.argv, sys.path, folder, dict(os.environ))
+            # A helper that has died meanwhile is noticed, and named, by who watches the run.
+            with contextlib.suppress(OSError):
+                messages.send(helper.connection, task, [file.fileno()])
+
+    def end(self, grace: float = 0.0) -> None:
+        """End the helpers and all that they started; return when they are gone.
+
+        Args:
+            grace: Seconds between asking (SIGTERM) and killing. Zero kills at once.
+        """
+        helpers, self.helpers = self.helpers, []
+        if self.owner != os.getpid():
+            return
+        if grace:
+            for helper in helpers:
+                helper.signal_group(signal.SIGTERM)
+            deadline = time.monotonic() + grace
+            for helper in helpers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    helper.process.wait(max(0.0, deadline - time.monotonic()))
+        for helper in helpers:
+            helper.signal_group(signal.SIGKILL)
+        for helper in helpers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                helper.process.wait(5)
+            helper.connection.close()
+
+    def disown(self) -> None:
+        """In a forked child: close the connections, which are the parent's."""
+        for helper in self.helpers:
+            helper.connection.close()

@@ -1,0 +1,120 @@
+"""A helper process: it waits for work from the process that started it, and ends with that process.
+
+Run as `python -m lightlite.launch.worker SOCKET PARENT`, with the descriptor of a connected socket and the
+process id of the parent. It never imports the parent's main module: what it needs of that comes with the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import os
+import queue
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+from lightlite import distributed
+from lightlite.launch import messages, transport
+from lightlite.launch.blame import is_consequence
+from lightlite.launch.messages import Report, Task
+
+OWN_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "LOCAL_RANK")
+"""Environment variables in which a helper may differ from its parent."""
+
+
+def main() -> None:
+    """Serve one task after the other, until the parent is gone."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    faulthandler.enable()
+    os.set_inheritable(descriptor, False)
+    connection = socket.socket(fileno=descriptor)
+    os.register_at_fork(after_in_child=connection.close)
+    tasks: queue.SimpleQueue[tuple[Task, int]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, parent, tasks), daemon=True).start()
+    gc.collect()
+    gc.freeze()
+    while True:
+        task, file = tasks.get()
+        report = _serve(task, file)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        messages.send(connection, report)
+        distributed.leave()
+        gc.collect()
+
+
+def _listen(connection: socket.socket, parent: int, tasks: queue.SimpleQueue[tuple[Task, int]]) -> None:
+    """Take tasks in, and end the process group, loader workers included, once the parent is gone.
+
+    The end of the connection tells at once. The parent's id is looked at as well, for a program that the parent
+    started may have inherited its end. Linux's parent-death signal would not do: it comes when the thread ends
+    that started the helper, and it would spare the helper's own children.
+    """
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        while os.getppid() == parent:
+            if selector.select(timeout=1):
+                try:
+                    task, (file,) = messages.receive(connection, max_files=1)
+                except EOFError:
+                    break
+                tasks.put((task, file))
+    _end_group()
+
+
+def _end_group() -> NoReturn:
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError("still alive after SIGKILL")
+
+
+def _serve(task: Task, file: int) -> Report:
+    try:
+        _resemble_parent(task)
+        try:
+            function, args = transport.unpack(task.work, transport.map_private(file))
+        finally:
+            os.close(file)
+        function(task.ranks, *args)
+        return Report(task.ranks.rank, os.getpid(), socket.gethostname(), time.monotonic())
+    except BaseException as error:  # an interrupt or sys.exit ends the run as well, and the caller is told so
+        return _report_failure(task.ranks.rank, error)
+
+
+def _resemble_parent(task: Task) -> None:
+    sys.argv, sys.path[:] = task.argv, task.path
+    if task.folder is not None:
+        os.chdir(task.folder)
+    own = {name: os.environ[name] for name in OWN_VARIABLES if name in os.environ}
+    wanted = {**task.environ, **own}
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)
+
+
+def _report_failure(rank: int, error: BaseException) -> Report:
+    when = time.monotonic()
+    # The frame of this module says nothing to a user.
+    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    text = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+    exitcode = None
+    if isinstance(error, SystemExit):
+        exitcode = error.code if isinstance(error.code, int) else int(error.code is not None)
+    pickled = None
+    if isinstance(error, Exception):
+        with contextlib.suppress(Exception):  # then the traceback has to tell it all
+            pickled = transport.pack_small(error)
+    return Report(
+        rank, os.getpid(), socket.gethostname(), when, text, pickled, exitcode, consequence=is_consequence(error)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What a checkpoint holds, and how a trainer goes on from one.
+
+The layout is Lightning 2.x's. What Lightning has no place for lies under "lightlite": counters, the random
+state of every rank, and the random state from which the epoch's order was drawn, by which the place in the
+data is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightlite import distributed, storage
+from lightlite.datamodule import LightningDataModule
+from lightlite.errors import CheckpointError
+from lightlite.hooks import CheckpointHooks, is_overridden
+from lightlite.module import LightningModule
+from lightlite.progress import FitProgress
+from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightlite.utilities.seed import capture_rng
+
+if TYPE_CHECKING:
+    from lightlite.trainer import Trainer
+
+LAYOUT_VERSION = "2.6.0"
+"""The Lightning version whose layout this is."""
+
+
+def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
+    """Everything that a checkpoint of this moment holds. A collective call.
+
+    Args:
+        trainer: The trainer.
+        weights_only: Leave out what is only needed to go on training.
+    """
+    module, datamodule = trainer.lightning_module, trainer.datamodule
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": LAYOUT_VERSION,
+        "state_dict": trainer.strategy.module_state_dict(),
+        "loops": _loops(trainer.progress),
+    }
+    if not weights_only:
+        checkpoint["callbacks"] = _callback_states(trainer)
+        checkpoint["optimizer_states"] = [
+            trainer.strategy.optimizer_state_dict(optimizer) for optimizer in trainer.optimizers
+        ]
+        checkpoint["lr_schedulers"] = [_plain(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        precision = trainer.precision_plugin
+        if precision.state_dict():
+            checkpoint[type(precision).__qualname__] = precision.state_dict()
+        checkpoint["lightlite"] = {
+            "progress": trainer.progress.state_dict(),
+            "random": distributed.gather_objects(_random_states(trainer)),
+            "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        }
+    if module.hparams:
+        checkpoint["hparams_name"] = module._hparams_name
+        checkpoint["hyper_parameters"] = dict(module.hparams)
+    if datamodule is not None:
+        if datamodule.hparams:
+            checkpoint["datamodule_hparams_name"] = datamodule._hparams_name
+            checkpoint["datamodule_hyper_parameters"] = dict(datamodule.hparams)
+        state = datamodule.state_dict()
+        if state:
+            checkpoint[type(datamodule).__qualname__] = state
+        datamodule.on_save_checkpoint(checkpoint)
+    if not weights_only:
+        for hook in trainer.hooks.of_callbacks("on_save_checkpoint"):
+            hook(checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _callback_states(trainer: Trainer) -> dict[str, Any]:
+    states = {}
+    for callback in trainer.callbacks:
+        state = callback.state_dict()
+        if state:
+            states[callback.state_key] = state
+    return states
+
+
+def _random_states(trainer: Trainer) -> dict[str, Any]:
+    device = trainer.strategy.accelerator.random_state(trainer.strategy.root_device)
+    loader = trainer.loader_state()
+    return {**(trainer.epoch_random_state or {}), "now": capture_rng(), "loader_now": loader, "device": device}
+
+
+def _plain(state: Any) -> Any:
+    """A scheduler's state without what cannot be kept; functions of LambdaLR are the user's code, not state."""
+    if isinstance(state, Mapping):
+        return {key: _plain(value) for key, value in state.items() if not callable(value)}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_plain(value) for value in state if not callable(value))
+    return dict(state) if hasattr(state, "elements") else state
+
+
+def _count(ready: int, done: int | None = None, started: bool = True) -> dict[str, int]:
+    done = ready if done is None else done
+    middle = {"started": ready, "processed": ready} if started else {}
+    return {"ready": ready, **middle, "completed": done}
+
+
+def _loops(progress: FitProgress) -> dict[str, Any]:
+    """The counters in Lightning's layout, so that Lightning goes on from the same place."""
+    ready = progress.epoch + (1 if progress.epoch_open else 0)
+    epoch = {"ready": ready, "started": ready, "processed": progress.epoch + int(progress.epoch_done)}
+    steps = progress.optimizer_steps
+    batches = progress.batches_in_epoch
+    done = batches - int(progress.pending and not progress.validated)
+    batch = {"ready": batches, "started": batches, "processed": batches, "completed": done}
+    total = progress.batches_total
+    zero = _count(0)
+    fit = {
+        "state_dict": {},
+        "epoch_progress": {"total": {**epoch, "completed": progress.epoch}, "current": {**epoch, "completed": progress.epoch}},
+        "epoch_loop.state_dict": {"_batches_that_stepped": progress.batches_that_stepped},
+        "epoch_loop.batch_progress": {
+            "total": {"ready": total, "started": total, "processed": total, "completed": total - (batches - done)},
+            "current": batch,
+            "is_last_batch": progress.last_batch,
+        },
+        "epoch_loop.scheduler_progress": {
+            "total": _count(progress.scheduler_steps, started=False),
+            "current": _count(0, started=False),
+        },
+        "epoch_loop.automatic_optimization.state_dict": {},
+        "epoch_loop.automatic_optimization.optim_progress": {
+            "optimizer": {
+                "step": {"total": _count(steps, started=False), "current": _count(0, started=False)},
+                "zero_grad": {
+                    "total": {"ready": steps, "started": steps, "completed": steps},
+                    "current": {"ready": 0, "started": 0, "completed": 0},
+                },
+            }
+        },
+        "epoch_loop.manual_optimization.state_dict": {},
+        "epoch_loop.manual_optimization.optim_step_progress": {
+            "total": _count(steps, started=False),
+            "current": _count(0, started=False),
+        },
+        "epoch_loop.val_loop.state_dict": {},
+        "epoch_loop.val_loop.batch_progress": {"total": zero, "current": zero, "is_last_batch": progress.validated},
+    }
+    idle = {"state_dict": {}, "batch_progress": {"total": zero, "current": zero, "is_last_batch": False}}
+    predict = {"state_dict": {}, "batch_progress": {"total": zero, "current": zero}}
+    return {"fit_loop": fit, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
+
+
+def progress_from_lightning(checkpoint: Mapping[str, Any], progress: FitProgress) -> None:
+    """Read the counters of a checkpoint that Lightning wrote."""
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    progress.optimizer_steps = checkpoint["global_step"]
+    if loop is None:
+        progress.epoch = checkpoint["epoch"]
+        return
+    epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+    current = batch["current"]
+    ended = epoch["processed"] > epoch["completed"]
+    progress.epoch = epoch["processed"]
+    progress.epoch_open = not ended and epoch["started"] > epoch["processed"]
+    progress.batches_total = batch["total"]["processed"]
+    progress.batches_that_stepped = loop["epoch_loop.state_dict"].get("_batches_that_stepped", progress.batches_total)
+    progress.scheduler_steps = loop["epoch_loop.scheduler_progress"]["total"]["completed"]
+    progress.last_batch = batch["is_last_batch"]
+    if progress.epoch_open:
+        progress.batches_in_epoch = current["processed"]
+        progress.pending = True
+        progress.validated = current["completed"] == current["processed"]
+
+
+class Restorer:
+    """Puts back what a checkpoint holds, in the two steps between which the module is set up.
+
+    Args:
+        trainer: The trainer.
+        module: The user's module.
+        datamodule: The data module, if any.
+        path: The checkpoint; None makes both steps do nothing.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, path: str | None
+    ) -> None:
+        self._trainer, self._module, self._datamodule, self._path = trainer, module, datamodule, path
+        self._checkpoint: dict[str, Any] | None = None if path is None else storage.read(path)
+
+    def restore_module(self) -> None:
+        """Put back the module's weights, the data module and, in fit, the callbacks.
+
+        Raises:
+            CheckpointError: Where the file is no checkpoint of a module.
+        """
+        checkpoint, trainer = self._checkpoint, self._trainer
+        if checkpoint is None:
+            return
+        if "state_dict" not in checkpoint:
+            keys = ", ".join(map(str, list(checkpoint)[:5]))
+            raise CheckpointError(
+                f"{self._path} is no checkpoint of a trainer: it has no 'state_dict', but {keys}, …; for bare weights use "
+                "module.load_state_dict(torch.load(path))"
+            )
+        for owner in (self._datamodule, self._module):
+            if owner is not None and is_overridden("on_load_checkpoint", owner, CheckpointHooks):
+                owner.on_load_checkpoint(checkpoint)
+        trainer.strategy.module = self._module
+        strict = bool(self._module.strict_loading)
+        trainer.strategy.load_module_state(checkpoint["state_dict"], strict=strict)
+        if self._datamodule is not None:
+            state = checkpoint.get(type(self._datamodule).__qualname__)
+            if state:
+                self._datamodule.load_state_dict(state)
+        if trainer.state.fn is not None and trainer.state.fn.value == "fit":
+            self._restore_callbacks(checkpoint)
+        rank_zero_info(f"restored from {self._path}")
+
+    def _restore_callbacks(self, checkpoint: dict[str, Any]) -> None:
+        trainer, states = self._trainer, checkpoint.get("callbacks") or {}
+        for hook in trainer.hooks.of_callbacks("on_load_checkpoint"):
+            hook(checkpoint)
+        known = set()
+        for callback in trainer.callbacks:
+            key = callback.state_key if callback.state_key in states else type(callback).__qualname__
+            known.add(key)
+            if key in states:
+                callback.load_state_dict(dict(states[key]))
+        unused = [key for key in states if key not in known]
+        if unused:
+            rank_zero_warn(f"{self._path} holds the state of callbacks that this Trainer does not have: {', '.join(unused)}")
+
+    def restore_training(self) -> None:
+        """Put back optimizers, schedulers, counters and random states.
+
+        Raises:
+            CheckpointError: Where the checkpoint holds weights only, or other optimizers than the module has.
+        """
+        checkpoint, trainer = self._checkpoint, self._trainer
+        if checkpoint is None:
+            return
+        if "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                f"{self._path} holds weights only, so training cannot go on from it; load the weights with "
+                f"{type(self._module).__name__}.load_from_checkpoint, and fit without ckpt_path"
+            )
+        self._restore_optimizers(checkpoint)
+        own = checkpoint.get("lightlite")
+        if own is None:
+            progress_from_lightning(checkpoint, trainer.progress)
+        else:
+            trainer.progress.load_state_dict(own["progress"])
+            trainer.recorder.remember(own["metrics"])
+            self._restore_random(own["random"])
+        self._checkpoint = None
+
+    def _restore_optimizers(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self._trainer
+        for what, states, mine in (
+            ("optimizers", checkpoint["optimizer_states"], trainer.optimizers),
+            ("learning-rate schedulers", checkpoint.get("lr_schedulers", []), trainer.lr_scheduler_configs),
+        ):
+            if len(states) != len(mine):
+                raise CheckpointError(
+                    f"{self._path} holds the state of {len(states)} {what}, but configure_optimizers returned {len(mine)}"
+                )
+        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+            trainer.strategy.load_optimizer_state(optimizer, state)
+        for config, state in zip(trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", []), strict=True):
+            config.scheduler.load_state_dict(state)
+        precision = trainer.precision_plugin
+        precision.load_state_dict(checkpoint.get(type(precision).__qualname__, {}))
+
+    def _restore_random(self, states: list[dict[str, Any]]) -> None:
+        """Each rank's own state; with another number of ranks, what they have in common: the order of the data."""
+        trainer, rank = self._trainer, self._trainer.global_rank
+        if len(states) == trainer.world_size:
+            trainer.resumed_random_states = states[rank]
+            trainer.strategy.accelerator.set_random_state(states[rank]["device"], trainer.strategy.root_device)
+            return
+        now = states[0]["now"] if rank == 0 else capture_rng()
+        trainer.resumed_random_states = {**states[0], "now": now}
+

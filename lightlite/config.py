@@ -1,0 +1,383 @@
+"""Reads the Trainer's arguments: checks them, and chooses hardware, strategy and precision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from lightlite.distributed import Ranks
+from lightlite.errors import MisconfigurationException
+from lightlite.interfaces import Accelerator, ClusterEnvironment, Precision, Strategy
+from lightlite.registry import AcceleratorRegistry, EnvironmentRegistry, PrecisionRegistry, Registry, StrategyRegistry
+from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+LEFT_OUT = {
+    "accelerator": ("tpu", "xla", "hpu"),
+    "strategy": ("deepspeed", "xla", "bagua", "colossalai", "horovod", "hivemind"),
+    "precision": ("transformer-engine", "bnb", "nf4", "int8"),
+}
+
+
+@dataclass
+class Hardware:
+    """What a run computes on.
+
+    Attributes:
+        accelerator: The kind of device.
+        strategy: How ranks work together.
+        precision: The format of numbers.
+        devices: This machine's devices, by local rank.
+        device_ids: Their indices.
+        ranks: This process's place, where somebody has started the ranks; the place of rank zero otherwise.
+        num_nodes: Number of machines.
+        launched: Whether the ranks exist already.
+    """
+
+    accelerator: Accelerator
+    strategy: Strategy
+    precision: Precision
+    devices: list[torch.device]
+    device_ids: list[int]
+    ranks: Ranks
+    num_nodes: int
+    launched: bool
+
+
+def choose_hardware(
+    accelerator: str | Accelerator,
+    strategy: str | Strategy,
+    devices: int | str | Sequence[int],
+    num_nodes: int,
+    precision: Any,
+    plugins: Any,
+) -> Hardware:
+    """Turn the Trainer's arguments into objects.
+
+    Raises:
+        MisconfigurationException: For anything unknown, unavailable or contradictory, saying what would have worked.
+    """
+    extras = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    if accelerator == "ddp":
+        accelerator, strategy = "auto", "ddp" if strategy == "auto" else strategy
+    chosen = _accelerator(accelerator)
+    environment = _environment(extras)
+    ranks = environment.ranks() if environment is not None else None
+    if environment is not None:
+        environment.export()
+    if ranks is not None and devices == "auto":
+        devices = os.environ.get("LIGHTLITE_DEVICES", ranks.local_world_size)
+        devices = [int(index) for index in devices.split(",")] if isinstance(devices, str) else devices
+    ids = type(chosen).parse_devices(devices)
+    if ranks is None:
+        if num_nodes != 1:
+            raise MisconfigurationException(
+                f"num_nodes={num_nodes}, but nobody has started ranks on several machines; start the script on each of them "
+                f"with `python -m lightlite.launch --nnodes {num_nodes} …`, torchrun or srun"
+            )
+        ranks, launched = Ranks(world_size=len(ids), local_world_size=len(ids)), False
+    else:
+        launched = True
+        _check_topology(ranks, ids, num_nodes, devices)
+    policy = _strategy(strategy, ranks.world_size)
+    if policy.launcher is None and ranks.world_size > 1:
+        raise MisconfigurationException(
+            f"strategy={strategy!r} works on one device, but {ranks.world_size} were asked for; use strategy='ddp'"
+        )
+    return Hardware(
+        accelerator=chosen,
+        strategy=policy,
+        precision=_precision(precision, extras, type(chosen).get_parallel_devices(ids)[0].type),
+        devices=type(chosen).get_parallel_devices(ids),
+        device_ids=ids,
+        ranks=ranks,
+        num_nodes=ranks.num_nodes,
+        launched=launched,
+    )
+
+
+def _check_topology(ranks: Ranks, ids: list[int], num_nodes: int, devices: Any) -> None:
+    if len(ids) != ranks.local_world_size:
+        raise MisconfigurationException(
+            f"devices={devices!r} asks for {len(ids)} processes on a machine, but {ranks.local_world_size} were started; "
+            "start as many as there are devices, or leave devices out"
+        )
+    if num_nodes not in (1, ranks.num_nodes):
+        raise MisconfigurationException(
+            f"num_nodes={num_nodes}, but the {ranks.world_size} started processes make {ranks.num_nodes} machines of "
+            f"{ranks.local_world_size}; leave num_nodes out, or start processes on {num_nodes} machines"
+        )
+
+
+def _accelerator(given: str | Accelerator) -> Accelerator:
+    if isinstance(given, Accelerator):
+        return given
+    _refuse_left_out("accelerator", given)
+    name = os.environ.get("LIGHTLITE_ACCELERATOR", "auto") if given == "auto" else given
+    if name in AcceleratorRegistry.groups:
+        members = AcceleratorRegistry.groups[name]
+        found = next((member for member in members if AcceleratorRegistry.get(member).is_available()), None)
+        if found is None:
+            reasons = "; ".join(f"{member}: {AcceleratorRegistry.get(member).unavailable_reason()}" for member in members)
+            raise MisconfigurationException(
+                f"accelerator={name!r}, but there is none to use ({reasons}); available: "
+                f"{', '.join(map(repr, AcceleratorRegistry.available()))}, or 'auto'"
+            )
+        name = found
+    if name not in AcceleratorRegistry:
+        raise _unknown("accelerator", name, AcceleratorRegistry, tuple(AcceleratorRegistry.groups))
+    plugin = AcceleratorRegistry.get(name)
+    if not plugin.is_available():
+        raise MisconfigurationException(
+            f"accelerator={name!r} cannot be used here: {plugin.unavailable_reason()}; available: "
+            f"{', '.join(map(repr, AcceleratorRegistry.available()))}, or 'auto'"
+        )
+    return AcceleratorRegistry.create(name)
+
+
+def _strategy(given: str | Strategy, world_size: int) -> Strategy:
+    if isinstance(given, Strategy):
+        return given
+    _refuse_left_out("strategy", given)
+    if given == "auto":
+        return StrategyRegistry.create("ddp" if world_size > 1 else "single")
+    if given not in StrategyRegistry:
+        raise _unknown("strategy", given, StrategyRegistry, ("auto",))
+    return StrategyRegistry.create(given)
+
+
+def _precision(given: Any, extras: list[Any], device: str) -> Precision:
+    plugin = next((extra for extra in extras if isinstance(extra, Precision)), None)
+    if plugin is not None:
+        if given is not None:
+            raise MisconfigurationException(f"precision={given!r} and plugins={plugin!r} both set the precision; give one")
+        return plugin
+    name = str(32 if given is None else given)
+    _refuse_left_out("precision", name)
+    name = PRECISIONS.get(name, name)
+    if name not in PrecisionRegistry:
+        raise _unknown("precision", given, PrecisionRegistry, tuple(PRECISIONS))
+    return PrecisionRegistry.create(name, device=device)
+
+
+def _environment(extras: list[Any]) -> ClusterEnvironment | None:
+    given = next((extra for extra in extras if isinstance(extra, ClusterEnvironment)), None)
+    if given is not None:
+        return given
+    for name in EnvironmentRegistry.names():
+        if EnvironmentRegistry.get(name).detect():
+            return EnvironmentRegistry.create(name)
+    return None
+
+
+def _unknown(argument: str, given: Any, registry: Registry[Any], more: tuple[str, ...]) -> MisconfigurationException:
+    names = ", ".join(map(repr, [*more, *registry.names()]))
+    usable = ""
+    if argument == "accelerator":
+        usable = f"; available on this machine: {', '.join(map(repr, registry.available()))}"
+    return MisconfigurationException(f"{argument}={given!r} is unknown; registered: {names}{usable}")
+
+
+def _refuse_left_out(argument: str, given: Any) -> None:
+    if isinstance(given, str) and any(given.startswith(name) for name in LEFT_OUT[argument]):
+        raise MisconfigurationException(f"{argument}={given!r} is left out of lightlite on purpose; see the README")
+    if not isinstance(given, str):
+        raise MisconfigurationException(
+            f"{argument}={given!r} of type {type(given).__name__}; give a name or an instance of {argument.capitalize()}"
+        )
+
+
+@dataclass
+class Limits:
+    """When a fit ends, and how much of the data it sees. Names are the Trainer's arguments."""
+
+    max_epochs: int | None
+    min_epochs: int | None
+    max_steps: int
+    min_steps: int | None
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    limit_test_batches: int | float | None
+    limit_predict_batches: int | float | None
+    overfit_batches: int | float
+    val_check_interval: Any
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int | None
+    log_every_n_steps: int | None
+    fast_dev_run: int | bool
+
+    def __post_init__(self) -> None:
+        if self.fast_dev_run is not False and (not isinstance(self.fast_dev_run, int) or self.fast_dev_run < 0):
+            raise MisconfigurationException(
+                f"fast_dev_run={self.fast_dev_run!r}; give True for one batch, or a number of batches >= 0"
+            )
+        if self.fast_dev_run:
+            self._shorten(int(self.fast_dev_run))
+        self._check_counts()
+        for name in ("train", "val", "test", "predict"):
+            argument = f"limit_{name}_batches"
+            limit = getattr(self, argument)
+            setattr(self, argument, check_share(1.0 if limit is None else limit, argument))
+        check_share(self.overfit_batches, "overfit_batches")
+        if self.overfit_batches:
+            self.limit_train_batches = self.overfit_batches
+            self.limit_val_batches = self.overfit_batches
+        self.num_sanity_val_steps = 2 if self.num_sanity_val_steps is None else self.num_sanity_val_steps
+        self.log_every_n_steps = 50 if self.log_every_n_steps is None else self.log_every_n_steps
+        self.val_check_time = None
+        self._read_val_check_interval()
+
+    def _shorten(self, batches: int) -> None:
+        rank_zero_info(f"fast_dev_run: {batches} batch(es) of each stage; no logging, no checkpoints")
+        self.max_epochs, self.max_steps, self.min_epochs, self.min_steps = 1, batches, None, None
+        self.limit_train_batches = self.limit_val_batches = batches
+        self.limit_test_batches = self.limit_predict_batches = batches
+        self.num_sanity_val_steps, self.val_check_interval, self.check_val_every_n_epoch = 0, 1.0, 1
+
+    def _check_counts(self) -> None:
+        for name, least in (
+            ("max_epochs", -1),
+            ("min_epochs", 0),
+            ("max_steps", -1),
+            ("min_steps", 0),
+            ("num_sanity_val_steps", -1),
+            ("log_every_n_steps", 0),
+            ("check_val_every_n_epoch", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                allowed = f"an int >= {least}" + (", where -1 means no limit" if least == -1 else "")
+                raise MisconfigurationException(f"{name}={value!r}; give {allowed}")
+
+    def _read_val_check_interval(self) -> None:
+        given = 1.0 if self.val_check_interval is None else self.val_check_interval
+        if isinstance(given, (str, dict, timedelta)):
+            self.val_check_time = duration(given, "val_check_interval")
+            given = 1.0
+        elif isinstance(given, bool) or not isinstance(given, (int, float)) or given < 0 or given != int(given) > 1:
+            raise MisconfigurationException(_bad_interval(given))
+        elif isinstance(given, float) and given > 1.0:
+            raise MisconfigurationException(_bad_interval(given))
+        if self.check_val_every_n_epoch is None and isinstance(given, float) and self.val_check_time is None:
+            raise MisconfigurationException(
+                f"val_check_interval={given} with check_val_every_n_epoch=None counts batches across epochs; give an int"
+            )
+        self.val_check_interval = given
+
+    def bound_epochs(self, has_max_time: bool) -> None:
+        """Settle what is left open, at the beginning of a fit."""
+        if self.max_epochs is None:
+            if self.max_steps == -1 and not has_max_time:
+                rank_zero_warn("max_epochs was not set: it is 1000. For training without a limit, set max_epochs=-1.")
+                self.max_epochs = 1000
+            else:
+                self.max_epochs = -1
+
+
+def _bad_interval(given: Any) -> str:
+    return (
+        f"val_check_interval={given!r}; give a float from 0.0 to 1.0 (share of an epoch), an int (number of batches), or a "
+        "duration ('00:12:00:00', a dict for timedelta, a timedelta)"
+    )
+
+
+def check_share(value: Any, name: str) -> Any:
+    """A number of batches, or a share of them.
+
+    Raises:
+        MisconfigurationException: For anything but an int >= 0 or a float from 0.0 to 1.0.
+    """
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    if not sound or (isinstance(value, float) and value > 1.0):
+        raise MisconfigurationException(
+            f"{name}={value!r}; give an int >= 0 (number of batches) or a float from 0.0 to 1.0 (share of them)"
+        )
+    return value
+
+
+def duration(given: Any, name: str) -> timedelta:
+    """A time span from "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta.
+
+    Raises:
+        MisconfigurationException: For anything else.
+    """
+    try:
+        if isinstance(given, timedelta):
+            return given
+        if isinstance(given, dict):
+            return timedelta(**given)
+        days, hours, minutes, seconds = (int(part) for part in given.split(":"))
+        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    except (TypeError, ValueError, AttributeError):
+        raise MisconfigurationException(
+            f"{name}={given!r}; give 'DD:HH:MM:SS', a dict such as {{'hours': 3}}, or a datetime.timedelta"
+        ) from None
+
+
+def check_clipping(value: Any, algorithm: Any) -> None:
+    """The arguments `gradient_clip_val` and `gradient_clip_algorithm`.
+
+    Raises:
+        MisconfigurationException: Saying what is allowed.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        raise MisconfigurationException(f"gradient_clip_val={value!r}; give a number >= 0, or None for no clipping")
+    if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
+        raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r}; allowed are 'norm' and 'value'")
+
+
+def check_positive(value: Any, name: str) -> None:
+    """An int of at least one.
+
+    Raises:
+        MisconfigurationException: For anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MisconfigurationException(f"{name}={value!r}; give an int >= 1")
+
+
+def check_barebones(
+    logger: Any, checkpointing: Any, bar: Any, summary: Any, fast_dev_run: Any, detect_anomaly: Any, profiler: Any
+) -> None:
+    """`barebones=True` switches things off that must not be asked for at the same time.
+
+    Raises:
+        MisconfigurationException: Naming the argument.
+    """
+    asked = {
+        "logger": logger not in (None, False),
+        "enable_checkpointing": bool(checkpointing),
+        "enable_progress_bar": bool(bar),
+        "enable_model_summary": bool(summary),
+        "fast_dev_run": bool(fast_dev_run),
+        "detect_anomaly": bool(detect_anomaly),
+        "profiler": profiler is not None,
+    }
+    wrong = [name for name, wanted in asked.items() if wanted]
+    if wrong:
+        raise MisconfigurationException(f"barebones=True switches off {', '.join(wrong)}; leave out one or the other")
+
+
+def set_algorithms(deterministic: bool | str | None, benchmark: bool | None) -> None:
+    """Settings of torch that hold for the whole process.
+
+    Args:
+        deterministic: True for deterministic algorithms only, "warn" to be warned of others.
+        benchmark: Whether cuDNN looks for the fastest algorithms.
+
+    Raises:
+        MisconfigurationException: For another value of `deterministic`.
+    """
+    if deterministic not in (None, True, False, "warn"):
+        raise MisconfigurationException(f"deterministic={deterministic!r}; give True, False or 'warn'")
+    if deterministic is not None:
+        torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if benchmark is not None:
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,432 @@
+"""How batches are dealt out to ranks, and how a place in them is found again.
+
+In training, W ranks with batch size b see the global batches that one process with batch size W x b sees, in
+the same order: every rank runs the loader's own sampler from the same random state and keeps its slice. In
+evaluation, the batches are the ones that one process would make, and rank r gets batches r, r + W, r + 2W, …
+
+The user's loader is never changed: a rank iterates a shallow copy of it whose sampler is one of those here.
+With one process and nothing to skip, it is the user's loader itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightlite import distributed
+from lightlite.errors import MisconfigurationException
+from lightlite.utilities.seed import capture_rng, restore_rng
+
+BLOCK = 4096
+"""Indices drawn from a sampler at a time, where the random state has to be borrowed for it."""
+
+
+class Dealt(Sampler[Any]):
+    """What one rank draws from a sampler that every rank runs alike.
+
+    Args:
+        source: The sampler, or batch sampler, of the user's loader.
+        deal: Turns the source's items into this rank's.
+        length: Items this rank gets, or None where the source does not know its own number.
+    """
+
+    def __init__(self, source: Iterable[Any], deal: Callable[[Iterator[Any]], Iterator[Any]], length: int | None) -> None:
+        self.source, self._deal, self._length = source, deal, length
+        self.skip = 0
+        self._last: _Draw | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._last = _Draw(iter(self.source))
+        dealt = self._deal(self._last)
+        return itertools.islice(dealt, self.skip, None) if self.skip else dealt
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError(f"{type(self.source).__name__} has no length")
+        return self._length
+
+    def draw_first(self) -> None:
+        """Draw the order's beginning now, so that it is drawn from the random state of this moment."""
+        if self._last is not None:
+            self._last.draw()
+
+
+class _Draw:
+    """Draws from a sampler in blocks, each from the random state in which the one before it ended.
+
+    So what a sampler draws late does not depend on the random numbers that the model has used meanwhile, which
+    differ from rank to rank.
+    """
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = items
+        self._drawn: list[Any] = []
+        self._next = 0
+        self._state: Any = None
+        self._over = False
+
+    def draw(self) -> None:
+        if self._over or self._next < len(self._drawn):
+            return
+        own = None if self._state is None else capture_rng()
+        if own is not None:
+            restore_rng(self._state)
+        self._drawn, self._next = list(itertools.islice(self._items, BLOCK)), 0
+        self._over = len(self._drawn) < BLOCK
+        if not self._over:
+            self._state = capture_rng()
+        if own is not None:
+            restore_rng(own)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._next >= len(self._drawn):
+            self.draw()
+            if self._next >= len(self._drawn):
+                raise StopIteration
+        self._next += 1
+        return self._drawn[self._next - 1]
+
+
+def slices(
+    items: Iterator[Any], batch_size: int | None, drop_last: bool, rank: int, world: int
+) -> Iterator[Any]:
+    """This rank's slice of each global batch of `world * batch_size` items.
+
+    The last, incomplete global batch is completed from the start of the order to a multiple of `world`, or dropped.
+
+    Args:
+        items: Sample indices, or whole batches of them.
+        batch_size: Items of a rank's batch; None where an item is a batch.
+        drop_last: Whether to drop an incomplete global batch.
+        rank: Which slice.
+        world: Number of ranks.
+    """
+    size = (batch_size or 1) * world
+    head: list[Any] = []
+    while block := list(itertools.islice(items, size)):
+        if not head:
+            head = block[:world]
+        if len(block) < size:
+            if drop_last:
+                return
+            block += itertools.islice(itertools.cycle(head), -len(block) % world)
+        share = len(block) // world
+        yield block[rank] if batch_size is None else block[rank * share : (rank + 1) * share]
+
+
+class RankLoader:
+    """What this rank iterates of a user's loader.
+
+    Args:
+        loader: Any iterable of batches; a DataLoader is dealt out by index, without loading what others get.
+        training: Whether to deal slices of global batches, or, for evaluation, whole batches in turn.
+        deal: Whether to deal at all; False where the data is split by the user.
+
+    Attributes:
+        loader: The iterable that this rank iterates; the user's own where there is nothing to deal.
+        length: In training, this rank's number of batches; in evaluation, the number over all ranks. None if unknown.
+        indices: In evaluation, which batches are this rank's: `range(rank, …, world)`.
+    """
+
+    def __init__(self, loader: Any, training: bool, deal: bool = True) -> None:
+        self.source = loader
+        self._training = training
+        self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
+        self._dealt: Dealt | None = None
+        self._passing = False
+        self.loader = loader
+        if self._world > 1 and not _is_split_by_user(loader):
+            self.loader = self._dealt_out()
+        self.length = self._count()
+
+    @property
+    def first(self) -> int:
+        """Index of this rank's first batch among all."""
+        return 0 if self._training or not self._splits_batches else self._rank
+
+    @property
+    def stride(self) -> int:
+        """Distance between the indices of this rank's batches."""
+        return 1 if self._training or not self._splits_batches else self._world
+
+    @property
+    def _splits_batches(self) -> bool:
+        return self._world > 1 and not _is_split_by_user(self.source)
+
+    def _dealt_out(self) -> Any:
+        rank, world = self._rank, self._world
+        if not _is_map_style(self.source):
+            self._passing = True
+            return self.source
+        loader: DataLoader[Any] = self.source
+        if not self._training:
+            batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+            return self._copy(batches, lambda items: itertools.islice(items, rank, None, world), loader.batch_sampler is None)
+        if loader.batch_sampler is not None and type(loader.batch_sampler) is BatchSampler:
+            size, drop_last = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
+            sampler = loader.batch_sampler.sampler
+            return self._copy(sampler, lambda items: slices(items, size, drop_last, rank, world), False, size, drop_last)
+        batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        drop_last = bool(getattr(batches, "drop_last", False))
+        deal = lambda items: slices(items, None, drop_last, rank, world)  # noqa: E731
+        return self._copy(batches, deal, loader.batch_sampler is None, 1, drop_last)
+
+    def _copy(
+        self,
+        source: Iterable[Any],
+        deal: Callable[[Iterator[Any]], Iterator[Any]],
+        unbatched: bool,
+        size: int | None = None,
+        drop_last: bool = False,
+    ) -> Any:
+        total = _length(source)
+        length = None
+        if total is not None and size is not None:
+            length = total // (size * self._world) if drop_last else -(-total // (size * self._world))
+        elif total is not None:
+            length = len(range(self._rank, total, self._world))
+        self._dealt = Dealt(source, deal, length)
+        return with_sampler(self.source, self._dealt, unbatched)
+
+    def _count(self) -> int | None:
+        if self._dealt is not None and not self._training:
+            return _length(self._dealt.source)
+        count = _length(self.loader)
+        return -(-count // self._world) if self._passing and self._training and count is not None else count
+
+    def start(self, skip: int = 0) -> Iterator[Any]:
+        """This rank's batches of one pass. A collective call where batches are dealt out.
+
+        Args:
+            skip: Batches of this rank to pass over: by index where the loader allows it, else by loading them.
+        """
+        loader = self.loader
+        if skip and self._dealt is None and _is_map_style(loader):
+            unbatched = loader.batch_sampler is None
+            self._dealt = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length)
+            loader = self.loader = with_sampler(loader, self._dealt, unbatched)
+        if self._dealt is not None:
+            self._dealt.skip = skip
+        mine = self._start_alike(loader) if self._splits_batches else iter(loader)
+        if self._dealt is not None:
+            self._dealt.draw_first()
+            return mine
+        if self._passing:
+            dealt = slices(mine, None, self._drops_last, self._rank, self._world) if self._training else mine
+            mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
+        return itertools.islice(mine, skip, None) if skip else mine
+
+    @property
+    def _drops_last(self) -> bool:
+        return bool(getattr(self.source, "drop_last", False))
+
+    def _start_alike(self, loader: Any) -> Iterator[Any]:
+        """Begin a pass from rank zero's random state on every rank; the others get their own back."""
+        state = distributed.broadcast_object(capture_rng() if self._rank == 0 else None)
+        if self._rank == 0:
+            mine = iter(loader)
+            if self._dealt is not None:
+                self._dealt.draw_first()
+            return mine
+        own = capture_rng()
+        restore_rng(state)
+        try:
+            mine = iter(loader)
+            if self._dealt is not None:
+                self._dealt.draw_first()
+        finally:
+            restore_rng(own)
+        return mine
+
+    def _generators(self) -> list[Any]:
+        """The random generators that the loader and its samplers own, each once."""
+        loader = self.source
+        batches = getattr(loader, "batch_sampler", None)
+        holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return list({id(generator): generator for generator in found if hasattr(generator, "get_state")}.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the generators that the loader owns."""
+        return {"generators": [generator.get_state() for generator in self._generators()]}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Put back what `state_dict` returned."""
+        for generator, kept in zip(self._generators(), (state or {}).get("generators", ()), strict=False):
+            generator.set_state(kept)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell samplers that shuffle by epoch which one it is."""
+        loader = self.source
+        for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+            for holder in (sampler, getattr(sampler, "sampler", None)):
+                if callable(getattr(holder, "set_epoch", None)):
+                    holder.set_epoch(epoch)
+
+
+def with_sampler(loader: Any, sampler: Any, unbatched: bool) -> Any:
+    """A shallow copy of a DataLoader, of its own class, that draws from another (batch) sampler."""
+    twin = copy.copy(loader)
+    object.__setattr__(twin, "sampler" if unbatched else "batch_sampler", sampler)
+    object.__setattr__(twin, "_iterator", None)
+    return twin
+
+
+def _is_map_style(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def _is_split_by_user(loader: Any) -> bool:
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+
+
+def _length(iterable: Any) -> int | None:
+    try:
+        return len(iterable)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """A loader must be an iterable.
+
+    Raises:
+        MisconfigurationException: Saying what was given as `name`.
+    """
+    if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise MisconfigurationException(
+            f"{name} is {loader!r} of type {type(loader).__name__}, which is no iterable of batches; give a "
+            "torch.utils.data.DataLoader, or any iterable"
+        )
+
+
+def limit_of(limit: int | float, length: int | None, name: str) -> int | None:
+    """How many batches `limit_<stage>_batches` leaves of a loader.
+
+    Args:
+        limit: An int is a number of batches; a float a share of them, 1.0 meaning all.
+        length: Number of batches; None if unknown.
+        name: The argument's name, for messages.
+
+    Returns:
+        A number of batches; None for all of an unknown number.
+
+    Raises:
+        MisconfigurationException: For a share of an unknown number, or of so few that nothing is left.
+    """
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        return limit if length is None else min(limit, length)
+    if limit == 1.0 or length is None and limit == 0.0:
+        return length if limit else 0
+    if length is None:
+        raise MisconfigurationException(
+            f"{name}={limit} is a share of the batches, but the loader has no length; give an int, or 1.0 for all"
+        )
+    count = int(length * limit)
+    if count == 0 and limit > 0 and length > 0:
+        raise MisconfigurationException(
+            f"{name}={limit} of {length} batches is less than one batch; give at least {1 / length:.3g}"
+        )
+    return count
+
+
+def sequential(loader: Any) -> Any:
+    """A DataLoader like `loader` without shuffling, for `overfit_batches`."""
+    from torch.utils.data import RandomSampler, SequentialSampler
+
+    if not _is_map_style(loader) or not isinstance(loader.sampler, RandomSampler):
+        return loader
+    order = SequentialSampler(loader.dataset)
+    if loader.batch_sampler is None:
+        return with_sampler(loader, order, unbatched=True)
+    batches = BatchSampler(order, loader.batch_sampler.batch_size, loader.batch_sampler.drop_last)
+    return with_sampler(loader, batches, unbatched=False)
+
+
+def as_list(loaders: Any) -> list[Any]:
+    """A list of loaders from one loader, a sequence or a mapping of them."""
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    if isinstance(loaders, (list, tuple)) and all(isinstance(loader, DataLoader) for loader in loaders):
+        return list(loaders)
+    return [loaders]
+
+
+def is_nest(loaders: Any) -> bool:
+    """Whether training is to draw from several loaders at once."""
+    if isinstance(loaders, dict):
+        return True
+    return isinstance(loaders, Sequence) and bool(loaders) and all(isinstance(part, (DataLoader, dict)) for part in loaders)
+
+
+class NestLoader:
+    """Several training loaders drawn from at once, as one nest of batches; the shorter ones start over.
+
+    It has the face of a `RankLoader`. As in Lightning, an epoch is as long as the longest loader.
+
+    Args:
+        loaders: A dict or sequence of loaders, or of such nests.
+        deal: Whether to deal batches out to ranks.
+    """
+
+    def __init__(self, loaders: Any, deal: bool = True) -> None:
+        self.source = loaders
+        self._keys = list(loaders) if isinstance(loaders, dict) else None
+        parts = list(loaders.values()) if isinstance(loaders, dict) else list(loaders)
+        self._parts = [training_loader(part, deal) for part in parts]
+        lengths = [part.length for part in self._parts]
+        self.length = None if None in lengths else max(length for length in lengths if length is not None)
+        self.loader = self
+
+    def start(self, skip: int = 0) -> Iterator[Any]:
+        """The batches of one pass; see `RankLoader.start`."""
+        if skip or self.length is None:
+            return itertools.islice(self._together(), skip, None)
+        return self._together()
+
+    def _together(self) -> Iterator[Any]:
+        running = [part.start() for part in self._parts]
+        unfinished = set(range(len(running)))
+        while True:
+            batches = []
+            for index, part in enumerate(self._parts):
+                batch = next(running[index], _OVER)
+                if batch is _OVER:
+                    unfinished.discard(index)
+                    if not unfinished:
+                        return
+                    running[index] = part.start()
+                    batch = next(running[index])
+                batches.append(batch)
+            yield dict(zip(self._keys, batches, strict=True)) if self._keys is not None else type(self.source)(batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the generators that the loaders own."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Put back what `state_dict` returned."""
+        for part, kept in zip(self._parts, (state or {}).get("parts", ()), strict=False):
+            part.load_state_dict(kept)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell samplers that shuffle by epoch which one it is."""
+        for part in self._parts:
+            part.set_epoch(epoch)
+
+
+_OVER = object()
+
+
+def training_loader(loaders: Any, deal: bool = True) -> RankLoader | NestLoader:
+    """What a rank iterates in training, of one loader or a nest of them."""
+    return NestLoader(loaders, deal) if is_nest(loaders) else RankLoader(loaders, training=True, deal=deal)

@@ -1,0 +1,170 @@
+"""Ranks and what they say to each other: the only file of the core that knows `torch.distributed`.
+
+Everything here works with one process too, where it costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+_joins = itertools.count()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process's place among the processes of a run.
+
+    Attributes:
+        rank: Global rank, 0 … world_size - 1.
+        local_rank: Rank on this machine; chooses the device.
+        node_rank: Which machine.
+        world_size: Processes of the run, over all machines.
+        local_world_size: Processes of the run on this machine.
+        store: `(host, port)` of the key-value store at which the ranks meet. None means the one that
+            the environment variables MASTER_ADDR and MASTER_PORT name.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    store: tuple[str, int] | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines, taking every machine to run the same number of processes."""
+        return -(-self.world_size // self.local_world_size)
+
+
+def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bool:
+    """Form the process group of the run. Does nothing if it stands already.
+
+    Args:
+        ranks: This process's place.
+        backend: `torch.distributed` backend for the device's tensors, e.g. "gloo" or "nccl". Tensors
+            on the CPU always travel by gloo, so that objects need no device.
+        timeout: How long a collective may wait for a missing rank.
+
+    Returns:
+        Whether this call formed the group, so that the caller has to `leave` it.
+    """
+    if dist.is_initialized():
+        return False
+    if ranks.num_nodes == 1:
+        loopback = "lo0" if os.uname().sysname == "Darwin" else "lo"
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback)
+    backends = backend if backend == "gloo" or ":" in backend else f"cpu:gloo,{_device_of(backend)}:{backend}"
+    store: dist.Store
+    if ranks.store is not None:
+        host, port = ranks.store
+        store = dist.TCPStore(host, port, ranks.world_size, is_master=False, timeout=timeout)
+    else:
+        found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        # the launcher's store outlives the group, whose addresses the next group must not find there
+        store = dist.PrefixStore(f"join{next(_joins)}", found)
+    dist.init_process_group(backends, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    return True
+
+
+def _device_of(backend: str) -> str:
+    capable = dist.Backend.backend_capability.get(backend, [])
+    return next((device for device in capable if device != "cpu"), "cpu")
+
+
+def leave() -> None:
+    """Dissolve the process group, if there is one."""
+    if not dist.is_available():
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Torch numbers groups, and a join that failed has used up a number that new processes will count from again.
+    dist.distributed_c10d._world.group_count = 0
+
+
+def is_joined() -> bool:
+    """Whether this process is one of a group of ranks now."""
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def world_size() -> int:
+    """Number of ranks in the group; 1 outside of one."""
+    return dist.get_world_size() if is_joined() else 1
+
+
+def rank() -> int:
+    """This process's global rank: the group's, else what the launcher's environment says, else 0."""
+    if is_joined():
+        return dist.get_rank()
+    for variable in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        value = os.environ.get(variable)
+        if value is not None and value.isdigit():
+            return int(value)
+    return 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Rank `source`'s `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+def all_reduce(value: Tensor, op: str = "mean") -> Tensor:
+    """The sum, mean, min, max or product of `value` over the ranks, as a new tensor of its shape.
+
+    Args:
+        value: Same shape and dtype on every rank; integers are averaged as float32.
+        op: "sum", "mean" (or "avg"), "min", "max" or "product".
+    """
+    if world_size() == 1:
+        return value.clone()
+    average = op in ("mean", "avg")
+    if average and not value.is_floating_point() and not value.is_complex():
+        value = value.float()
+    result = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, op=dist.ReduceOp.SUM if average else getattr(dist.ReduceOp, op.upper()))
+    return result / world_size() if average else result
+
+
+def all_gather(value: Tensor) -> list[Tensor]:
+    """Every rank's `value`, by rank; all of one shape."""
+    if world_size() == 1:
+        return [value]
+    gathered = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, value.detach().contiguous())
+    return gathered
+
+
+def broadcast(value: Tensor, source: int = 0) -> None:
+    """Overwrite `value` in place by rank `source`'s, where there are several ranks."""
+    if world_size() > 1:
+        dist.broadcast(value, src=source)

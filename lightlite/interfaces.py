@@ -1,0 +1,341 @@
+"""What the core asks of hardware, of ranks, of numbers and of processes.
+
+Hardware and distribution vary independently, so they are two small interfaces: an `Accelerator` knows a
+kind of device and nothing of other ranks; a `Strategy` knows how ranks work together and nothing of a
+kind of device. `Precision` knows the format of numbers, `Launcher` knows processes, `ClusterEnvironment`
+knows who started this process. The core knows these five and no implementation of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightlite import distributed
+from lightlite.distributed import Ranks
+
+T = TypeVar("T")
+
+
+class Accelerator(ABC):
+    """One kind of hardware. Method names follow Lightning's `Accelerator` where that has the method.
+
+    A third party subclasses this, and declares the class under the entry-point group
+    `lightlite.accelerators`; `Trainer(accelerator="name")` then works.
+    """
+
+    name: ClassVar[str]
+    """What `Trainer(accelerator=…)` calls it, and the `torch.device` type unless `get_parallel_devices` says otherwise."""
+
+    process_group_backend: ClassVar[str] = "gloo"
+    """`torch.distributed` backend that carries this device's tensors."""
+
+    pin_memory: ClassVar[bool] = False
+    """Whether copies to the device are faster from page-locked memory."""
+
+    float64: ClassVar[bool] = True
+    """Whether the device computes in double precision."""
+
+    @staticmethod
+    @abstractmethod
+    def is_available() -> bool:
+        """Whether this machine has at least one such device that works."""
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        """Why the device cannot be used here, as one sentence; None where it can."""
+        return None if cls.is_available() else f"no {cls.name} device was found on this machine"
+
+    @staticmethod
+    @abstractmethod
+    def auto_device_count() -> int:
+        """How many devices `devices="auto"` takes. Must not initialise the device's driver in this process."""
+
+    @staticmethod
+    @abstractmethod
+    def parse_devices(devices: int | str | Sequence[int]) -> list[int]:
+        """Device indices meant by a `devices=` argument.
+
+        Args:
+            devices: A count, -1 or "auto" for all, a list of indices, or a string of either ("2", "0,3").
+
+        Raises:
+            MisconfigurationException: For zero, for more than there are, for indices that do not exist; the
+                message says how many there are and what to type.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def get_parallel_devices(devices: list[int]) -> list[torch.device]:
+        """The `torch.device` of each index."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Make `device` the current one, before anything is allocated on it."""
+
+    def teardown(self) -> None:
+        """Release what the run held on the device."""
+
+    def move_module(self, module: nn.Module, device: torch.device) -> None:
+        """Move parameters and buffers to `device`, in place. Nothing is copied that is there already."""
+        module.to(device)
+
+    @abstractmethod
+    def batch_mover(self, device: torch.device) -> Callable[[Any], Any] | None:
+        """A function that moves any nest of tensors to `device`, or None where batches are there already.
+
+        None is what spares the CPU a walk through every batch.
+        """
+
+    def random_state(self, device: torch.device) -> Any:
+        """State of the device's own random generator, as plain data or tensors on the CPU; None without one."""
+        return None
+
+    def set_random_state(self, state: Any, device: torch.device) -> None:
+        """Put back what `random_state` returned."""
+
+    def seed(self, seed: int) -> None:
+        """Seed the device's own random generators; `torch.manual_seed` has been called."""
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until the device has done what it was given."""
+
+    def get_device_stats(self, device: torch.device) -> dict[str, float]:
+        """Memory and utilisation figures; keys name the unit, as in "memory_used_bytes", "utilization_percent"."""
+        return {}
+
+    def threads_per_rank(self, local_world_size: int) -> int | None:
+        """CPU threads that each of `local_world_size` ranks should compute with; None to leave torch's choice."""
+        return None
+
+
+class Precision(ABC):
+    """The format that numbers are computed and kept in."""
+
+    precision: str = "32-true"
+    scaler: torch.amp.GradScaler | None = None
+    """Scales losses so that half-precision gradients do not vanish; None where that is not needed."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Bring parameters and buffers to the format they are kept in, in place."""
+        return module
+
+    def input_converter(self) -> Callable[[Any], Any] | None:
+        """A function that brings a batch's floating-point tensors to the format, or None where nothing is to be done."""
+        return None
+
+    def forward_context(self) -> Callable[[], AbstractContextManager[Any]] | None:
+        """A factory of the context that steps run in (autocast), or None where none is needed."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, under the class's qualified name; empty if nothing."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
+
+
+class Strategy(ABC):
+    """How the ranks of a run work together.
+
+    Life: `connect` (once a run, on every rank), `setup` (once the module stands), steps, `teardown`.
+    The defaults are those of a single process, and of several processes that hold the whole model each.
+
+    Attributes:
+        accelerator: The hardware, from `connect` on.
+        root_device: This rank's device, from `connect` on.
+        ranks: This process's place, from `connect` on.
+        module: The user's module, bare, from `setup` on.
+    """
+
+    name: ClassVar[str]
+    launcher: ClassVar[str | None] = None
+    """Registered name of the launcher that makes the ranks where nobody has made them; None: one process."""
+
+    timeout: timedelta = distributed.DEFAULT_TIMEOUT
+
+    accelerator: Accelerator
+    root_device: torch.device
+    ranks: Ranks = Ranks()
+    module: nn.Module
+
+    def connect(self, accelerator: Accelerator, device: torch.device, ranks: Ranks) -> None:
+        """Take the place of one rank: choose the device, form the process group."""
+        self.accelerator, self.root_device, self.ranks = accelerator, device, ranks
+        accelerator.setup_device(device)
+
+    def disconnect(self) -> None:
+        """Undo `connect`."""
+
+    @abstractmethod
+    def setup(self, module: nn.Module, training: bool) -> Callable[..., Any] | None:
+        """Move `module` to the device and, if `training`, prepare it for gradient sync.
+
+        Returns:
+            For training, the function that runs `module.training_step(*args)` so that the gradients of the
+            loss it returns will be in sync; None otherwise. It is called once a micro-batch.
+        """
+
+    def teardown(self) -> None:
+        """Release the wrapper and the device; the module is the user's bare one again."""
+        self.accelerator.teardown()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Context in which backward passes leave gradients local, for all but the last of an accumulation."""
+        return nullcontext()
+
+    def sync_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average gradients over the ranks after a backward pass that the user ran by hand."""
+
+    def before_evaluation(self) -> None:
+        """Make every rank's copy of the module equal, buffers included, before it is evaluated."""
+
+    def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's whole state, as one process would have it."""
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Put back `optimizer_state_dict`, its tensors on the parameters' devices."""
+        optimizer.load_state_dict(state)
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """The bare module's whole state, with the names the user gave."""
+        return self.module.state_dict()
+
+    def load_module_state(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Put back `module_state_dict`."""
+        self.module.load_state_dict(state, strict=strict)
+
+    def clip_gradients(self, parameters: list[Tensor], value: float, algorithm: str) -> None:
+        """Clip gradients in place, by their total "norm" or each "value"."""
+        if algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, value)
+        else:
+            nn.utils.clip_grad_norm_(parameters, value)
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank in the run."""
+        return self.ranks.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank on its machine."""
+        return self.ranks.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Which machine this is."""
+        return self.ranks.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the run."""
+        return self.ranks.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the rank that writes files and prints."""
+        return self.ranks.rank == 0
+
+    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: str = "mean") -> Tensor:
+        """`tensor` reduced over the ranks ("sum", "mean", "min", "max", "product"), on every rank."""
+        return distributed.all_reduce(tensor, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Every rank's `tensor`, stacked: shape (world_size, *tensor.shape)."""
+        return torch.stack(distributed.all_gather(tensor))
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Rank `src`'s object, on every rank."""
+        return distributed.broadcast_object(obj, src)  # type: ignore[no-any-return]
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for every rank."""
+        distributed.barrier()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks (or, with `all=False`, any rank) decided True; the same answer on every rank."""
+        decisions = distributed.gather_objects(bool(decision))
+        return min(decisions) if all else max(decisions)
+
+
+class Launcher(ABC):
+    """Makes ranks out of one calling process, and runs functions on them. Knows nothing of training."""
+
+    @abstractmethod
+    def __init__(self, local_world_size: int, threads_per_rank: int | None = None) -> None:
+        """Start getting `local_world_size - 1` processes ready; return at once."""
+
+    @abstractmethod
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function(ranks, *args)` on every rank, with `ranks` its own place; rank 0 is this process.
+
+        Everything reachable from `function` and `args` is sent to the other ranks; here it is used as it is.
+
+        Returns:
+            What the function returned here, on rank 0.
+
+        Raises:
+            NotSendableError: Naming the attribute that could not be sent; nothing was started.
+            Exception: What the first failing rank raised, of its own type, with the remote traceback as its
+                cause. The other ranks are gone by then, and `run` may be called again.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes. `run` may start them anew."""
+
+
+class ClusterEnvironment(ABC):
+    """Somebody who started this process as one rank of many: torchrun, Slurm, MPI, …"""
+
+    name: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def detect() -> bool:
+        """Whether this process was started by it."""
+
+    @abstractmethod
+    def ranks(self) -> Ranks:
+        """This process's place.
+
+        Raises:
+            MisconfigurationException: Where the environment variables contradict one another.
+        """
+
+    def export(self) -> None:
+        """Set MASTER_ADDR and MASTER_PORT for `torch.distributed`, where the environment calls them otherwise."""
+
+
+class OutputCollector(ABC):
+    """Brings what each rank put in to all ranks, in the order of a single process.
+
+    Used by every rank alike: `put` for each output, then `collect` once. `close` in any case.
+    """
+
+    @abstractmethod
+    def __init__(self, ranks: Ranks) -> None:
+        """Make ready; a collective call over the ranks of a run."""
+
+    @abstractmethod
+    def put(self, output: Any) -> None:
+        """Set aside this rank's next output. Not held in memory afterwards."""
+
+    @abstractmethod
+    def collect(self) -> list[Any]:
+        """All outputs: rank 0's first, rank 1's first, …, rank 0's second, … A collective call."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove whatever `put` left behind, in case `collect` was never reached."""

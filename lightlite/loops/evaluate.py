@@ -1,0 +1,279 @@
+"""Validation, test and prediction: batches dealt out in turn, scored by the bare module, counted once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightlite import distributed
+from lightlite.data import RankLoader, limit_of
+from lightlite.distributed import Ranks
+from lightlite.errors import MisconfigurationException
+from lightlite.hooks import is_overridden
+from lightlite.loops.batches import batch_preparer
+from lightlite.loops.calls import positional, takes_batch_idx
+from lightlite.loops.session import session
+from lightlite.module import LightningModule
+from lightlite.progress import RunningStage, TrainerFn
+from lightlite.registry import CollectorRegistry
+from lightlite.results import Results, numbers
+
+if TYPE_CHECKING:
+    from lightlite.loops.session import DataSource
+    from lightlite.trainer import Trainer
+
+STAGES = {
+    TrainerFn.VALIDATING: RunningStage.VALIDATING,
+    TrainerFn.TESTING: RunningStage.TESTING,
+    TrainerFn.PREDICTING: RunningStage.PREDICTING,
+}
+
+
+def run_evaluation(
+    ranks: Ranks,
+    trainer: Trainer,
+    fn: TrainerFn,
+    module: LightningModule,
+    source: DataSource,
+    ckpt_path: str | None,
+    verbose: bool,
+) -> list[dict[str, float]]:
+    """Validate or test on one rank. See `Trainer.validate`."""
+    with session(trainer, ranks, fn, module, source, ckpt_path):
+        return EvaluationLoop(trainer, module, STAGES[fn]).run(verbose)
+
+
+def run_predict(
+    ranks: Ranks, trainer: Trainer, module: LightningModule, source: DataSource, ckpt_path: str | None, keep: bool
+) -> list[Any] | None:
+    """Predict on one rank. See `Trainer.predict`."""
+    with session(trainer, ranks, TrainerFn.PREDICTING, module, source, ckpt_path):
+        return PredictionLoop(trainer, module, keep).run()
+
+
+class _BatchLoop:
+    """What evaluation and prediction have in common: loaders one after the other, each batch on one rank.
+
+    Attributes:
+        loaders: What this rank iterates.
+        num_batches: Batches of each loader, over all ranks; None where unknown.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, stage: RunningStage) -> None:
+        self.trainer, self.module, self.stage = trainer, module, stage
+        self.word = stage.hook_prefix
+        step = getattr(module, f"{self.word}_step")
+        names, flexible = positional(step)
+        self._step, self._takes_idx = step, takes_batch_idx(step)
+        self._takes_loader = flexible or len(names) > 2
+        self._prepare = batch_preparer(trainer, module)
+        self._context = trainer.precision_plugin.forward_context() or nullcontext
+        deal = trainer.use_distributed_sampler
+        self.loaders = [RankLoader(loader, training=False, deal=deal) for loader in trainer.load(stage)]
+        limit = getattr(trainer, f"limit_{stage.dataloader_prefix}_batches")
+        name = f"limit_{stage.dataloader_prefix}_batches"
+        self.num_batches = [limit_of(limit, loader.length, name) for loader in self.loaders]
+
+    def _check_signature(self) -> None:
+        if len(self.loaders) > 1 and not self._takes_loader:
+            raise MisconfigurationException(
+                f"there are {len(self.loaders)} {self.stage.dataloader_prefix} loaders, but {self.word}_step does not say which "
+                f"one a batch is from; define {self.word}_step(self, batch, batch_idx, dataloader_idx=0)"
+            )
+
+    def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
+        """This rank's batches of one loader, with their indices among all."""
+        first, stride = loader.first, loader.stride
+        mine = None if limit is None else len(range(first, limit, stride))
+        return zip(itertools.count(first, stride), itertools.islice(loader.start(), mine), strict=False)
+
+    def _hooks(self, when: str) -> None:
+        self.trainer.hooks.call(f"on_{self.word}_{when}")
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode and no gradients; afterwards every submodule is in the mode that it was in before."""
+        module, trainer = self.module, self.trainer
+        modes = [(part, part.training) for part in module.modules()]
+        trainer.strategy.before_evaluation()
+        with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
+            getattr(module, f"on_{self.word}_model_eval")()
+            try:
+                yield
+            finally:
+                self._put_back(modes)
+
+    def _put_back(self, modes: list[tuple[nn.Module, bool]]) -> None:
+        name = f"on_{self.word}_model_train"
+        if is_overridden(name, self.module, LightningModule):
+            getattr(self.module, name)()
+            return
+        for part, mode in modes:
+            part.training = mode
+
+    def _run_batches(self, results: Results, sink: Callable[[int, int, Any], None]) -> None:
+        """Run the step on every batch of this rank; `sink` gets (batch index, loader index, output)."""
+        several = len(self.loaders) > 1
+        recorder, hooks, prepare, step = self.trainer.recorder, self.trainer.hooks, self._prepare, self._step
+        starts = hooks.resolve(f"on_{self.word}_batch_start")
+        ends = hooks.resolve(f"on_{self.word}_batch_end")
+        hook_name = f"{self.word}_step"
+        for loader_idx, loader in enumerate(self.loaders):
+            recorder.dataloader_idx = loader_idx if several else None
+            more = (loader_idx,) if several else ()
+            for batch_idx, batch in self._batches(loader, self.num_batches[loader_idx]):
+                if prepare is not None:
+                    batch = prepare(batch, loader_idx)
+                recorder.begin_batch(batch)
+                results.in_batch = True
+                results.batches += 1
+                for hook in starts:
+                    hook(batch, batch_idx, *more)
+                recorder.hook = hook_name
+                with self._context():
+                    output = step(batch, batch_idx, *more) if self._takes_idx else step(batch)
+                recorder.hook = None
+                for hook in ends:
+                    hook(output, batch, batch_idx, *more)
+                sink(batch_idx, loader_idx, output)
+        recorder.dataloader_idx = None
+
+
+class EvaluationLoop(_BatchLoop):
+    """Validates or tests.
+
+    Args:
+        trainer: The trainer.
+        module: The user's module.
+        stage: VALIDATING, TESTING or SANITY_CHECKING.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, stage: RunningStage) -> None:
+        if not is_overridden(f"{stage.hook_prefix}_step", module, LightningModule):
+            raise MisconfigurationException(
+                f"{type(module).__name__} has no {stage.hook_prefix}_step; define {stage.hook_prefix}_step(self, batch, batch_idx)"
+            )
+        super().__init__(trainer, module, stage)
+        self._check_signature()
+        self._steps: list[tuple[int, int, dict[str, Any]]] = []
+
+    def run(self, verbose: bool = False, limit: int | None = None) -> list[dict[str, float]]:
+        """Score every batch once.
+
+        Args:
+            verbose: Whether rank zero prints a table of the values.
+            limit: At most so many batches of each loader: for the sanity check.
+
+        Returns:
+            For each loader, the values logged on_epoch, by key; the same on every rank.
+        """
+        trainer, recorder = self.trainer, self.trainer.recorder
+        former, former_stage = recorder.active, trainer.state.stage
+        trainer.state.stage = self.stage
+        whole = self.num_batches
+        if limit is not None:
+            self.num_batches = [limit if count is None else min(limit, count) for count in whole]
+        trainer.note_batches(self.stage, self.num_batches)
+        results = recorder.active = Results(training=False)
+        self._steps = []
+        try:
+            with self._evaluating():
+                self._hooks("start")
+                self._hooks("epoch_start")
+                self._run_batches(results, self._note_step)
+                per_loader = self._conclude(results)
+        finally:
+            results.reset()
+            recorder.active, trainer.state.stage, self.num_batches = former, former_stage, whole
+        if verbose and trainer.is_global_zero:
+            from lightlite.loops.table import print_metrics
+
+            print_metrics(per_loader, self.stage.value)
+        return per_loader
+
+    def _conclude(self, results: Results) -> list[dict[str, float]]:
+        trainer, recorder = self.trainer, self.trainer.recorder
+        logged = recorder.reduce_epoch()
+        self._hooks("epoch_end")
+        logged |= recorder.reduce_epoch()
+        per_loader = recorder.per_loader(len(self.loaders))
+        if self.stage is not RunningStage.SANITY_CHECKING:
+            self._log_steps()
+            trainer.log_metrics(logged)
+        self._hooks("end")
+        return per_loader
+
+    def _note_step(self, batch_idx: int, loader_idx: int, output: Any) -> None:
+        values = self.trainer.recorder.take_steps()
+        if values:
+            self._steps.append((loader_idx, batch_idx, values))
+
+    def _log_steps(self) -> None:
+        """Hand the loggers what was logged on_step, in the order of a single process."""
+        if not any(distributed.gather_objects(bool(self._steps))):
+            return
+        plain = [
+            (loader_idx, batch_idx, dict(zip(values, numbers(list(values.values())), strict=True)))
+            for loader_idx, batch_idx, values in self._steps
+        ]
+        everything = [step for of_rank in distributed.gather_objects(plain) for step in of_rank]
+        for _, batch_idx, values in sorted(everything, key=lambda step: step[:2]):
+            self.trainer.log_metrics(values, step=batch_idx)
+
+
+class PredictionLoop(_BatchLoop):
+    """Predicts.
+
+    Args:
+        trainer: The trainer.
+        module: The user's module.
+        keep: Whether to return what was predicted.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, keep: bool) -> None:
+        super().__init__(trainer, module, RunningStage.PREDICTING)
+        self._check_signature()
+        self._keep = keep
+
+    def run(self) -> list[Any] | None:
+        """Predict every batch once.
+
+        Returns:
+            What `predict_step` returned for each batch, in the loader's order; a list of such lists where there are several
+            loaders; the same on every rank. None with `return_predictions=False`.
+        """
+        trainer, recorder = self.trainer, self.trainer.recorder
+        trainer.state.stage = self.stage
+        trainer.note_batches(self.stage, self.num_batches)
+        results = Results(training=False)
+        with ExitStack() as stack:
+            collectors = [
+                stack.enter_context(_collector(trainer.strategy.ranks)) for _ in (self.loaders if self._keep else ())
+            ]
+            with self._evaluating():
+                self._hooks("start")
+                self._hooks("epoch_start")
+                self._run_batches(
+                    results, lambda _, loader_idx, output: collectors[loader_idx].put(output) if self._keep else None
+                )
+                outputs = [collector.collect() for collector in collectors]
+                trainer.predictions = outputs[0] if len(outputs) == 1 else outputs
+                self._hooks("epoch_end")
+                self._hooks("end")
+        recorder.active = None
+        predictions, trainer.predictions = trainer.predictions, None
+        return predictions if self._keep else None
+
+
+@contextmanager
+def _collector(ranks: Ranks) -> Iterator[Any]:
+    collector = CollectorRegistry.create("files", ranks=ranks)
+    try:
+        yield collector
+    finally:
+        collector.close()

@@ -1,0 +1,438 @@
+"""Fit: for each epoch, for each batch.
+
+    fit start
+      sanity check                      a few validation batches, before anything is trained
+      train start
+        epoch start
+          batch start                   return -1 to skip the rest of the epoch
+            optimizer_step              loops/step.py: training_step, zero_grad, backward, clip
+          schedulers by step, and by epoch after its last batch
+          batch end                     checkpoints by step
+          log values, validate if due
+        epoch end                       checkpoints by epoch
+      train end
+    fit end
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightlite import distributed
+from lightlite.data import RankLoader, limit_of
+from lightlite.distributed import Ranks
+from lightlite.errors import MisconfigurationException
+from lightlite.hooks import is_overridden
+from lightlite.loops.batches import batch_preparer
+from lightlite.loops.evaluate import EvaluationLoop
+from lightlite.loops.session import session
+from lightlite.loops.step import ManualStep, TrainStep
+from lightlite.module import LightningModule
+from lightlite.progress import RunningStage, TrainerFn
+from lightlite.results import Results
+from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightlite.utilities.seed import capture_rng, isolate_rng, restore_rng
+
+if TYPE_CHECKING:
+    from lightlite.loops.session import DataSource
+    from lightlite.trainer import Trainer
+
+NO_BATCH = object()
+
+
+def run_fit(
+    ranks: Ranks, trainer: Trainer, module: LightningModule, source: DataSource, ckpt_path: str | None
+) -> None:
+    """Fit on one rank. See `Trainer.fit`."""
+    with session(trainer, ranks, TrainerFn.FITTING, module, source, ckpt_path):
+        fit = FitLoop(trainer, module)
+        fit.check_sanity()
+        if not fit.begin():
+            return
+        recorder, progress, step = trainer.recorder, trainer.progress, fit.step
+        begin_batch, prepare, schedulers = recorder.begin_batch, fit.prepare, fit.schedulers
+        while not fit.done():
+            batch_starts, batch_ends = fit.begin_epoch()
+            for batch_idx, batch in fit.batches():
+                if prepare is not None:
+                    batch = prepare(batch, 0)
+                begin_batch(batch)
+                if batch_starts and fit.stopped_by(batch_starts, batch, batch_idx):
+                    break
+                last = batch_idx + 1 == fit.length
+                output = step(batch, batch_idx, last)
+                progress.count_batch(last)
+                if schedulers:
+                    fit.step_schedulers(last)
+                for hook in batch_ends:
+                    hook(output, batch, batch_idx)
+                if fit.finish_batch(batch_idx):
+                    break
+            fit.end_epoch()
+        fit.end()
+
+
+class FitLoop:
+    """The state of a fit, and all of it that is not done for every batch.
+
+    Attributes:
+        length: Batches in an epoch on this rank; infinite where unknown, until the last batch is reached.
+        step: The training step.
+        prepare: Brings a batch to the device; None where nothing is to be done.
+        schedulers: Learning-rate schedulers, if the loop is to step them.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        if not is_overridden("training_step", module, LightningModule):
+            raise MisconfigurationException(
+                f"{type(module).__name__} has no training_step; define training_step(self, batch, batch_idx) that returns a loss"
+            )
+        self.trainer, self.module = trainer, module
+        self.progress, self.recorder = trainer.progress, trainer.recorder
+        self.results = Results(training=True)
+        make_step = TrainStep if module.automatic_optimization else ManualStep
+        self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
+        self.prepare = batch_preparer(trainer, module)
+        self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
+        self._log_every = trainer.log_every_n_steps or math.inf
+        self.length: float = math.inf
+        self._loader: RankLoader | None = None
+        self._loaded_in_epoch = 0
+        self._validation: EvaluationLoop | None = None
+        self._validation_loaded_in_epoch = 0
+        self._validates = bool(trainer.limit_val_batches) and trainer.has_validation(module)
+        self._val_every: float = math.inf
+        self._last_validation = time.monotonic()
+        self._order: Any = None
+
+    # ------------------------------------------------------------------ before the first batch
+
+    def check_sanity(self) -> None:
+        """Run a few validation batches, leaving no trace but the errors they reveal."""
+        trainer = self.trainer
+        steps = trainer.num_sanity_val_steps
+        if not self._validates or steps == 0 or self.progress.batches_total:
+            return
+        with isolate_rng():
+            trainer.state.stage = RunningStage.SANITY_CHECKING
+            trainer.hooks.call("on_sanity_check_start")
+            loop = self._validation_loop(RunningStage.SANITY_CHECKING)
+            loop.run(limit=None if steps == -1 else steps)
+            trainer.hooks.call("on_sanity_check_end")
+            self.recorder.forget()
+
+    def begin(self) -> bool:
+        """Load the data and open the fit; False where there is nothing to train."""
+        trainer = self.trainer
+        trainer.state.stage = RunningStage.TRAINING
+        self.recorder.active = self.results
+        torch.set_grad_enabled(True)
+        if trainer.limit_train_batches == 0:
+            rank_zero_info("Trainer.fit stopped: limit_train_batches=0 leaves no batches")
+            return False
+        self._load()
+        assert self._loader is not None
+        if self.length == 0:
+            rank_zero_warn("Trainer.fit stopped: the training loader has no batches")
+            return False
+        if self._validates and self._validation is None and self._epoch_validates():
+            self._validation_loop(RunningStage.VALIDATING)
+        if self.done():
+            return False
+        trainer.start_time = time.monotonic()
+        trainer.hooks.call("on_train_start")
+        resumed = trainer.resumed_random_states
+        if resumed is not None:
+            restore_rng(resumed["now"])
+            self._loader.load_state_dict(resumed["loader_now"])
+        return True
+
+    def _load(self) -> None:
+        trainer = self.trainer
+        self._loader = trainer.load_training()
+        self._loaded_in_epoch = self.progress.epoch
+        count = limit_of(trainer.limit_train_batches, self._loader.length, "limit_train_batches")
+        self.length = math.inf if count is None else self._least_over_ranks(count)
+        trainer.num_training_batches = self.length
+        self._set_validation_interval()
+        if trainer.loggers and self.length < trainer.log_every_n_steps and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"an epoch has {self.length} batches, fewer than log_every_n_steps={trainer.log_every_n_steps}: steps are "
+                "logged across epochs; set a lower log_every_n_steps to see each epoch's"
+            )
+
+    @staticmethod
+    def _least_over_ranks(count: int) -> int:
+        counts = distributed.gather_objects(count)
+        if len(set(counts)) > 1:
+            rank_zero_warn(f"ranks have {counts} training batches; each trains on {min(counts)}, the least of them")
+        return min(counts)
+
+    def _set_validation_interval(self) -> None:
+        trainer, given = self.trainer, self.trainer.val_check_interval
+        if trainer.val_check_time is not None:
+            self._val_every = math.inf
+        elif isinstance(given, int) and not isinstance(given, bool):
+            self._val_every = given
+            if given > self.length and trainer.check_val_every_n_epoch is not None and self._validates:
+                raise MisconfigurationException(
+                    f"val_check_interval={given} is more than the {self.length} batches of an epoch; give at most that, or set "
+                    "check_val_every_n_epoch=None to count batches across epochs"
+                )
+        elif self.length == math.inf:
+            if given != 1.0:
+                raise MisconfigurationException(
+                    f"val_check_interval={given} is a share of an epoch, but the training loader has no length; give an int, "
+                    "a duration or 1.0"
+                )
+            self._val_every = math.inf
+        else:
+            self._val_every = max(1, int(self.length * given))
+
+    # ------------------------------------------------------------------ epochs
+
+    def done(self) -> bool:
+        """Whether nothing is left to train."""
+        trainer, progress = self.trainer, self.progress
+        if progress.epoch_open:
+            return False
+        if self._out_of_steps():
+            rank_zero_info(f"Trainer.fit stopped: max_steps={trainer.max_steps} reached")
+            return True
+        if trainer.max_epochs not in (None, -1) and progress.epoch >= trainer.max_epochs:
+            rank_zero_info(f"Trainer.fit stopped: max_epochs={trainer.max_epochs} reached")
+            return True
+        return trainer.should_stop and self._may_stop()
+
+    def _out_of_steps(self) -> bool:
+        return self.trainer.max_steps != -1 and self.progress.optimizer_steps >= self.trainer.max_steps
+
+    def _may_stop(self) -> bool:
+        trainer, progress = self.trainer, self.progress
+        epochs_done = progress.epoch + (1 if progress.last_batch and progress.epoch_open else 0)
+        enough_epochs = not trainer.min_epochs or epochs_done >= trainer.min_epochs
+        return enough_epochs and (not trainer.min_steps or progress.optimizer_steps >= trainer.min_steps)
+
+    def begin_epoch(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Open the epoch, or go on with the one that a checkpoint was taken in.
+
+        Returns:
+            The hooks before and after each batch.
+        """
+        trainer, progress = self.trainer, self.progress
+        every = trainer.reload_dataloaders_every_n_epochs
+        if self._loader is None or (every and progress.epoch - self._loaded_in_epoch >= every):
+            self._load()
+        assert self._loader is not None
+        self._loader.set_epoch(progress.epoch)
+        if not progress.epoch_open:
+            progress.begin_epoch()
+            trainer.hooks.call("on_train_epoch_start")
+        self.step.begin_epoch()
+        return trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
+
+    def batches(self) -> Iterator[tuple[int, Any]]:
+        """This rank's batches of the epoch with their indices, from where a checkpoint left off."""
+        progress, loader = self.progress, self._loader
+        assert loader is not None
+        if progress.epoch_done or (progress.pending and self._finish_pending()):
+            return iter(())
+        skip = progress.batches_in_epoch
+        if skip and skip >= self.length:
+            return iter(())
+        batches = self._start(loader, skip)
+        self.results.in_batch = True
+        if self.length == math.inf:
+            return self._looking_ahead(batches, skip)
+        return zip(range(skip, int(self.length)), batches, strict=False)
+
+    def _start(self, loader: RankLoader, skip: int) -> Iterator[Any]:
+        """Begin the pass from the random state in which this epoch's order was, or is now, drawn."""
+        trainer = self.trainer
+        resumed = trainer.resumed_random_states
+        if skip and resumed is not None:
+            restore_rng(resumed["epoch"])
+            loader.load_state_dict(resumed.get("loader"))
+        else:
+            trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
+        batches = loader.start(skip)
+        if skip and resumed is not None:
+            trainer.epoch_random_state = {key: resumed[key] for key in ("epoch", "loader")}
+            restore_rng(resumed["now"])
+            loader.load_state_dict(resumed["loader_now"])
+        trainer.resumed_random_states = None
+        return batches
+
+    def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[int, Any]]:
+        """Fetch one batch ahead where the loader has no length, so that its last batch is known as such."""
+        agree = self._ends_may_differ()
+        batch = next(batches, NO_BATCH)
+        for batch_idx in itertools.count(first):
+            if agree and not all(distributed.gather_objects(batch is not NO_BATCH)):
+                return
+            if batch is NO_BATCH:
+                return
+            following = next(batches, NO_BATCH)
+            ends = following is NO_BATCH
+            if agree:
+                ends = any(distributed.gather_objects(ends))
+            self.length = batch_idx + 1 if ends else math.inf
+            yield batch_idx, batch
+            batch = NO_BATCH if ends else following
+        return
+
+    def _ends_may_differ(self) -> bool:
+        return distributed.world_size() > 1 and not self.trainer.use_distributed_sampler
+
+    def stopped_by(self, hooks: tuple[Any, ...], batch: Any, batch_idx: int) -> bool:
+        """Call the hooks before a batch; whether one of them ends the epoch by returning -1."""
+        stopped = False
+        for hook in hooks:
+            stopped |= hook(batch, batch_idx) == -1
+        return stopped
+
+    def end_epoch(self) -> None:
+        """Close the epoch: hooks, then schedulers that watch a value, then loggers."""
+        trainer, progress, recorder = self.trainer, self.progress, self.recorder
+        logged: dict[str, float] = {}
+        if not progress.epoch_done:
+            progress.epoch_done = True
+            logged = recorder.reduce_epoch()
+            self._epoch_end_hooks()
+            logged |= recorder.reduce_epoch()
+        self.step_plateau_schedulers("epoch")
+        progress.batches_that_stepped -= 1
+        trainer.log_metrics(logged)
+        progress.batches_that_stepped += 1
+        self.results.reset()
+        progress.end_epoch()
+        if self._loader is not None and self._loader.length is None:
+            self.length = math.inf
+
+    def _epoch_end_hooks(self) -> None:
+        hooks = self.trainer.hooks
+        name = "on_train_epoch_end"
+        for hook in hooks.of_callbacks(name, monitoring=False) + hooks.of_module(name):
+            hook()
+        monitoring = hooks.of_callbacks(name, monitoring=True)
+        if monitoring:
+            self.recorder.reduce_epoch_quietly()
+        for hook in monitoring:
+            hook()
+
+    def end(self) -> None:
+        """Close the fit."""
+        self.trainer.hooks.call("on_train_end")
+        self.recorder.active = None
+
+    # ------------------------------------------------------------------ after a batch
+
+    def finish_batch(self, batch_idx: int) -> bool:
+        """Log, validate if that is due, and see whether to go on.
+
+        Returns:
+            Whether the epoch ends here.
+        """
+        trainer, progress = self.trainer, self.progress
+        if (progress.batches_that_stepped + 1) % self._log_every == 0 or trainer.should_stop:
+            trainer.log_metrics(self.recorder.step_metrics())
+        if self._validates and not progress.validated and self._validation_due(batch_idx):
+            self._validate()
+        if self.step.micro_batch == 0:
+            if self.schedulers:
+                self.step_plateau_schedulers("step")
+            progress.batches_that_stepped += 1
+        progress.pending = False
+        if trainer.should_stop and self._may_stop():
+            for logger in trainer.loggers:
+                logger.save()
+            return True
+        return self._out_of_steps()
+
+    def _finish_pending(self) -> bool:
+        """Do what a checkpoint taken within a batch's hooks left undone of that batch."""
+        return self.finish_batch(self.progress.batches_in_epoch - 1)
+
+    def _epoch_validates(self) -> bool:
+        every = self.trainer.check_val_every_n_epoch
+        return every is None or (self.progress.epoch + 1) % every == 0
+
+    def _validation_due(self, batch_idx: int) -> bool:
+        trainer, progress = self.trainer, self.progress
+        if not self._epoch_validates():
+            return False
+        if trainer.should_stop and self._may_stop():
+            return True
+        if trainer.val_check_time is not None:
+            elapsed = time.monotonic() - self._last_validation >= trainer.val_check_time.total_seconds()
+            return bool(distributed.broadcast_object(elapsed))
+        if self._val_every == math.inf:
+            return progress.last_batch
+        count = progress.batches_total if trainer.check_val_every_n_epoch is None else batch_idx + 1
+        return count % self._val_every == 0
+
+    def _validate(self) -> None:
+        trainer = self.trainer
+        if self.step.micro_batch == 0:
+            for hook in trainer.hooks.of_module("on_validation_model_zero_grad") or (
+                self.module.on_validation_model_zero_grad,
+            ):
+                hook()
+        self._validation_loop(RunningStage.VALIDATING).run()
+        trainer.state.stage = RunningStage.TRAINING
+        torch.set_grad_enabled(True)
+        self.results.in_batch = True
+        self.progress.validated = True
+        self._last_validation = time.monotonic()
+
+    def _validation_loop(self, stage: RunningStage) -> EvaluationLoop:
+        every = self.trainer.reload_dataloaders_every_n_epochs
+        stale = every and self.progress.epoch - self._validation_loaded_in_epoch >= every
+        if self._validation is None or stale:
+            self._validation = EvaluationLoop(self.trainer, self.module, stage)
+            self._validation_loaded_in_epoch = self.progress.epoch
+        self._validation.stage = stage
+        return self._validation
+
+    # ------------------------------------------------------------------ schedulers
+
+    def step_schedulers(self, last: bool) -> None:
+        """Step the schedulers that watch no value: by step, and by epoch after its last batch."""
+        if self.step.micro_batch == 0:
+            self._step_those("step", plateau=False)
+        if last:
+            self._step_those("epoch", plateau=False)
+
+    def step_plateau_schedulers(self, interval: str) -> None:
+        """Step the schedulers that watch a value."""
+        if self.schedulers and (interval == "step" or self.progress.last_batch):
+            self._step_those(interval, plateau=True)
+
+    def _step_those(self, interval: str, plateau: bool) -> None:
+        progress = self.progress
+        count = progress.batches_in_epoch if interval == "step" else progress.epoch + 1
+        step = self.trainer.hooks.of_module("lr_scheduler_step") or (self.module.lr_scheduler_step,)
+        for config in self.schedulers:
+            if config.reduce_on_plateau is not plateau or config.interval != interval or count % config.frequency:
+                continue
+            value = None
+            if plateau:
+                value = self.recorder.callback_metrics.get(config.monitor)
+                if value is None:
+                    self._missing(config.monitor, config.strict)
+                    continue
+            step[0](config.scheduler, value)
+            progress.scheduler_steps += 1
+
+    def _missing(self, monitor: str, strict: bool) -> None:
+        known = ", ".join(sorted(self.recorder.callback_metrics)) or "nothing yet"
+        message = f"ReduceLROnPlateau watches {monitor!r}, which has not been logged; logged are: {known}"
+        if strict:
+            raise MisconfigurationException(f"{message}. Log it, or pass 'strict': False to step only when it is there")
+        rank_zero_warn(message)

@@ -1,0 +1,200 @@
+"""What surrounds every loop: a rank takes its place, sets up, runs, and puts things back whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightlite import distributed
+from lightlite.callbacks.callback import Callback
+from lightlite.checkpoint import Restorer
+from lightlite.datamodule import LightningDataModule
+from lightlite.distributed import Ranks
+from lightlite.errors import MisconfigurationException
+from lightlite.hooks import DataHooks, HookTable, is_overridden
+from lightlite.module import LightningModule
+from lightlite.optim import LightningOptimizer, configure
+from lightlite.progress import TrainerFn, TrainerStatus
+from lightlite.utilities.seed import capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from lightlite.trainer import Trainer
+
+
+@dataclass
+class DataSource:
+    """Where loaders come from: what the call was given, else the data module's hooks, else the module's.
+
+    Attributes:
+        train: Loaders given to the call, by stage; None where none were.
+        val: The same for validation.
+        test: The same for test.
+        predict: The same for prediction.
+        datamodule: The data module, if any.
+    """
+
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    predict: Any = None
+    datamodule: LightningDataModule | None = None
+
+    def defines(self, prefix: str, module: LightningModule) -> bool:
+        """Whether there is a loader for "train", "val", "test" or "predict"."""
+        if getattr(self, prefix) is not None:
+            return True
+        owners = (self.datamodule, module)
+        return any(o is not None and is_overridden(f"{prefix}_dataloader", o, DataHooks) for o in owners)
+
+    def request(self, prefix: str, module: LightningModule) -> Any:
+        """The loader, or loaders, for "train", "val", "test" or "predict".
+
+        Raises:
+            MisconfigurationException: Where there are none.
+        """
+        given = getattr(self, prefix)
+        if given is not None:
+            return given
+        name = f"{prefix}_dataloader"
+        for owner in (self.datamodule, module):
+            if owner is not None and is_overridden(name, owner, DataHooks):
+                return getattr(owner, name)()
+        raise MisconfigurationException(
+            f"there is no loader to {prefix if prefix != 'val' else 'validate'} with: pass one to the call, or define {name}() "
+            f"in {type(module).__name__} or in a LightningDataModule"
+        )
+
+
+@contextmanager
+def session(
+    trainer: Trainer, ranks: Ranks, fn: TrainerFn, module: LightningModule, source: DataSource, ckpt_path: str | None
+) -> Iterator[None]:
+    """The life of one call on one rank. The body runs the loop.
+
+    Args:
+        trainer: The trainer.
+        ranks: This process's place.
+        fn: Which entry point was called.
+        module: The user's module.
+        source: Where loaders come from.
+        ckpt_path: A checkpoint to restore from, or None.
+    """
+    trainer.state.fn, trainer.state.status, trainer.state.stage = fn, TrainerStatus.RUNNING, None
+    trainer.begin(module, source)
+    try:
+        trainer.connect(ranks)
+        with _own_random_state():
+            _set_up(trainer, module, source, fn, ckpt_path)
+            yield
+            _conclude(trainer, module, fn)
+        trainer.state.status = TrainerStatus.FINISHED
+    except BaseException as error:
+        _on_exception(trainer, error)
+        raise
+    finally:
+        trainer.end()
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Random numbers of their own for ranks above zero, such as dropout's; afterwards all ranks are alike again."""
+    if distributed.world_size() == 1:
+        yield
+        return
+    rank = distributed.rank()
+    state = distributed.broadcast_object(capture_rng() if rank == 0 else None)
+    if rank > 0:
+        digest = hashlib.sha256(state["torch"].numpy().tobytes() + rank.to_bytes(4, "little")).digest()
+        restore_rng(state)
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    yield
+    restore_rng(distributed.broadcast_object(capture_rng() if rank == 0 else None))
+
+
+def _set_up(trainer: Trainer, module: LightningModule, source: DataSource, fn: TrainerFn, ckpt_path: str | None) -> None:
+    trainer.attach_module_callbacks(module)
+    hooks = trainer.hooks = HookTable(trainer, module, trainer.callbacks, Callback, LightningModule)
+    datamodule = source.datamodule
+    _prepare_data(trainer, module, datamodule)
+    if datamodule is not None:
+        datamodule.setup(fn.value)
+    for call in (*hooks.of_callbacks("setup"), *hooks.of_module("setup")):
+        call(fn.value)
+    module.configure_model()
+    restorer = Restorer(trainer, module, datamodule, ckpt_path)
+    restorer.restore_module()
+    trainer.precision_plugin.convert_module(module)
+    training = fn is TrainerFn.FITTING
+    trainer.training_step = trainer.strategy.setup(module, training)
+    if training:
+        _set_up_optimizers(trainer, module)
+        trainer.hooks = HookTable(trainer, module, trainer.callbacks, Callback, LightningModule)
+        trainer.hooks.call("on_fit_start")
+    trainer.log_hyperparameters()
+    if training:
+        restorer.restore_training()
+    module.zero_grad()
+    trainer.strategy.barrier("run")
+
+
+def _prepare_data(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+    for owner in (datamodule, module):
+        if owner is not None and is_overridden("prepare_data", owner, DataHooks):
+            first = trainer.local_rank == 0 if owner.prepare_data_per_node else trainer.global_rank == 0
+            if first:
+                owner.prepare_data()
+            trainer.strategy.barrier("prepare_data")
+
+
+def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
+    optimizers, schedulers = configure(module.configure_optimizers())
+    if module.automatic_optimization and len(optimizers) > 1:
+        raise MisconfigurationException(
+            f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers, which automatic optimization "
+            "cannot tell when to step; set self.automatic_optimization = False in __init__ and step them in training_step"
+        )
+    trainer.lr_scheduler_configs = schedulers
+    trainer.wrapped_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]
+    for wrapped in trainer.wrapped_optimizers:
+        wrapped.scaler = trainer.precision_plugin.scaler
+        wrapped.no_sync = trainer.strategy.no_sync
+        wrapped.toggled = module.toggled_optimizer
+
+
+def _conclude(trainer: Trainer, module: LightningModule, fn: TrainerFn) -> None:
+    hooks = trainer.hooks
+    trainer.strategy.teardown()
+    if fn is TrainerFn.FITTING:
+        hooks.call("on_fit_end")
+    _teardown_hooks(trainer, fn)
+    for logger in trainer.loggers:
+        logger.finalize("success")
+
+
+def _teardown_hooks(trainer: Trainer, fn: TrainerFn) -> None:
+    if trainer.datamodule is not None:
+        trainer.datamodule.teardown(fn.value)
+    for call in trainer.hooks.resolve("teardown"):
+        call(fn.value)
+
+
+def _on_exception(trainer: Trainer, error: BaseException) -> None:
+    """Tell callbacks and loggers. What they raise in turn must not hide the error itself."""
+    trainer.state.status = TrainerStatus.INTERRUPTED
+    try:
+        if trainer.hooks is not None:
+            for call in trainer.hooks.of_callbacks("on_exception"):
+                call(error)
+        if trainer.datamodule is not None and hasattr(trainer.datamodule, "on_exception"):
+            trainer.datamodule.on_exception(error)
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        if trainer.strategy_is_set_up:
+            trainer.strategy.teardown()
+    except Exception as further:
+        error.add_note(f"while handling it: {further!r}") if hasattr(error, "add_note") else None

@@ -1,0 +1,237 @@
+"""The training step: forward, backward, accumulate, clip, step.
+
+Whatever can be decided before the first batch is decided in `__init__`; what nobody asked for is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightlite.errors import MisconfigurationException
+from lightlite.hooks import is_overridden
+from lightlite.loops.calls import takes_batch_idx
+from lightlite.module import LightningModule
+from lightlite.optim import LightningOptimizer
+
+if TYPE_CHECKING:
+    from lightlite.trainer import Trainer
+
+
+class TrainStep:
+    """Trains on one batch, in automatic optimization.
+
+    The optimizer is given the closure that computes the loss and its gradients, as `torch.optim` documents it.
+
+    Args:
+        trainer: For its settings and hooks.
+        module: The user's module.
+        training_step: Runs `module.training_step`, through the strategy's wrapper.
+
+    Attributes:
+        micro_batch: How many batches of the accumulation window have been seen; 0 after a step.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
+        self._trainer, self._module, self._training_step = trainer, module, training_step
+        self._takes_idx = takes_batch_idx(module.training_step)
+        self._progress, self._recorder = trainer.progress, trainer.recorder
+        self._optimizer: LightningOptimizer | None = next(iter(trainer.wrapped_optimizers), None)
+        self._context: Callable[[], AbstractContextManager[Any]] | None = trainer.precision_plugin.forward_context()
+        self._scaler = trainer.precision_plugin.scaler
+        self._no_sync = trainer.strategy.no_sync
+        self._optimizer_step = trainer.hooks.of_module("optimizer_step") or (module.optimizer_step,)
+        self._zero_grad = trainer.hooks.of_module("optimizer_zero_grad")
+        self._backward = module.backward if is_overridden("backward", module, LightningModule) else Tensor.backward
+        self._before_zero_grad = trainer.hooks.resolve("on_before_zero_grad")
+        self._before_backward = trainer.hooks.resolve("on_before_backward")
+        self._after_backward = trainer.hooks.resolve("on_after_backward")
+        self._before_step = trainer.hooks.resolve("on_before_optimizer_step")
+        self._clipping = trainer.hooks.of_module("configure_gradient_clipping")
+        if not self._clipping and trainer.gradient_clip_val:
+            self._clipping = (module.configure_gradient_clipping,)
+        self._wants_outputs = bool(trainer.hooks.resolve("on_train_batch_end"))
+        self._window = trainer.accumulate_grad_batches
+        self.micro_batch = 0
+        self._stepping = True
+        self._args: tuple[Any, ...] = ()
+        self._batch_idx = 0
+        self._outputs: Any = None
+        self._closure_ran = False
+
+    def begin_epoch(self) -> None:
+        """Begin a new accumulation window, of the length that holds for this epoch."""
+        self.micro_batch, self._window = 0, self._trainer.accumulate_grad_batches
+
+    def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
+        """Train on a batch.
+
+        Args:
+            batch: On its device already.
+            batch_idx: Its index in the epoch.
+            last: Whether it is the epoch's last, so that the accumulation window ends with it.
+
+        Returns:
+            What `on_train_batch_end` hooks are given; None where there are none.
+        """
+        self._args = (batch, batch_idx) if self._takes_idx else (batch,)
+        self._batch_idx = batch_idx
+        self.micro_batch += 1
+        self._stepping = last or self.micro_batch >= self._window
+        if not self._stepping:
+            with self._no_sync():
+                self._closure()
+        elif self._optimizer is None:
+            self._closure()
+            self.micro_batch = 0
+        else:
+            self._closure_ran = False
+            self._optimizer_step[0](self._progress.epoch, batch_idx, self._optimizer, self._closure)
+            if not self._closure_ran:
+                raise MisconfigurationException(
+                    f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was trained; call "
+                    "optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
+                )
+            self._progress.optimizer_steps += 1
+            self.micro_batch = 0
+        return self._outputs
+
+    def _closure(self) -> Tensor | None:
+        self._closure_ran = True
+        recorder = self._recorder
+        outer, recorder.hook = recorder.hook, "training_step"
+        if self._context is None:
+            output = self._training_step(*self._args)
+        else:
+            with self._context():
+                output = self._training_step(*self._args)
+        recorder.hook = outer
+        loss = output if isinstance(output, Tensor) else self._loss_in(output)
+        if self._window > 1 and loss is not None:
+            loss = loss / self._window
+        if self._wants_outputs:
+            self._outputs = self._described(output, loss)
+        if self.micro_batch == 1:
+            self._clear_gradients()
+        if loss is not None:
+            for hook in self._before_backward:
+                hook(loss)
+            self._backward(loss if self._scaler is None else self._scaler.scale(loss))
+            for hook in self._after_backward:
+                hook()
+        if self._stepping:
+            self._finish_gradients()
+        return loss
+
+    def _clear_gradients(self) -> None:
+        optimizer = self._optimizer
+        if optimizer is None:
+            self._module.zero_grad()
+            return
+        for hook in self._before_zero_grad:
+            hook(optimizer)
+        if self._zero_grad:
+            self._zero_grad[0](self._progress.epoch, self._batch_idx, optimizer)
+        else:
+            optimizer.optimizer.zero_grad()
+
+    def _finish_gradients(self) -> None:
+        """Make the gradients those of the whole window, show them to the hooks, clip them."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        if self.micro_batch < self._window:
+            self._rescale(self._window / self.micro_batch)
+        if not self._before_step and not self._clipping:
+            return
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer.optimizer)
+        for hook in self._before_step:
+            hook(optimizer)
+        for clip in self._clipping:
+            clip(
+                optimizer,
+                gradient_clip_val=self._trainer.gradient_clip_val,
+                gradient_clip_algorithm=self._trainer.gradient_clip_algorithm,
+            )
+
+    def _rescale(self, factor: float) -> None:
+        """The epoch ended before the window did: losses were divided by more batches than there were."""
+        gradients = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def _loss_in(self, output: Any) -> Tensor | None:
+        if output is None:
+            if self._trainer.world_size > 1:
+                raise MisconfigurationException(
+                    f"training_step returned None on rank {self._trainer.global_rank}: a batch cannot be skipped with several "
+                    "ranks, which would wait for its gradients for ever; return a loss times zero instead"
+                )
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if isinstance(loss, Tensor):
+            return loss
+        what = f"a dict with the keys {list(output)}" if isinstance(output, Mapping) else f"{output!r} ({type(output).__name__})"
+        raise MisconfigurationException(
+            f"training_step returned {what}; in automatic optimization return the loss as a tensor, a dict with the loss under "
+            "'loss', or None to skip the batch"
+        )
+
+    @staticmethod
+    def _described(output: Any, loss: Tensor | None) -> dict[str, Any] | None:
+        if loss is None:
+            return None
+        extra = dict(output) if isinstance(output, Mapping) else {}
+        return {**extra, "loss": loss.detach()}
+
+
+class ManualStep:
+    """Runs `training_step` in manual optimization, where the user's code does the rest.
+
+    Args:
+        trainer: For its settings and hooks.
+        module: The user's module.
+        training_step: Runs `module.training_step`.
+    """
+
+    micro_batch = 0
+
+    def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
+        self._training_step, self._takes_idx = training_step, takes_batch_idx(module.training_step)
+        self._recorder, self._progress = trainer.recorder, trainer.progress
+        self._context = trainer.precision_plugin.forward_context()
+        self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
+        for optimizer in trainer.wrapped_optimizers:
+            optimizer.before_step = self._count_step
+
+    def begin_epoch(self) -> None:
+        """Nothing is kept from batch to batch."""
+
+    def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
+        """Run the user's training step; see `TrainStep.__call__`."""
+        args = (batch, batch_idx) if self._takes_idx else (batch,)
+        recorder = self._recorder
+        outer, recorder.hook = recorder.hook, "training_step"
+        if self._context is None:
+            output = self._training_step(*args)
+        else:
+            with self._context():
+                output = self._training_step(*args)
+        recorder.hook = outer
+        if isinstance(output, Tensor):
+            return {"loss": output.detach()}
+        if output is None or isinstance(output, Mapping):
+            return {} if output is None else dict(output)
+        raise MisconfigurationException(
+            f"training_step returned {output!r} ({type(output).__name__}); in manual optimization return a tensor, a dict or None"
+        )
+
+    def _count_step(self, optimizer: Any) -> None:
+        for hook in self._hooks:
+            hook(optimizer)
+        self._progress.optimizer_steps += 1

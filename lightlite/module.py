@@ -1,0 +1,461 @@
+"""LightningModule: what a user writes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from lightlite import distributed
+from lightlite.errors import MisconfigurationException
+from lightlite.hooks import CheckpointHooks, DataHooks, ModelHooks
+from lightlite.hparams import HyperparametersMixin
+from lightlite.optim import LightningOptimizer
+from lightlite.restore import module_from_checkpoint
+
+if TYPE_CHECKING:
+    from lightlite.results import Recorder
+    from lightlite.trainer import Trainer
+
+
+class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMixin, nn.Module):
+    """A `torch.nn.Module` that says how it is trained, validated, tested and used for prediction.
+
+    Write `training_step` and `configure_optimizers`, and what else is wanted of `validation_step`, `test_step`,
+    `predict_step` and the hooks. Names, arguments and order are those of Lightning 2.x.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = False
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder", "_fabric")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__["_trainer"] = None
+        self.__dict__["_recorder"] = None
+        self.automatic_optimization = True
+        self.prepare_data_per_node = True
+        self.strict_loading = True
+        self.example_input_array: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **dict.fromkeys(self._not_sent)}
+
+    def attach(self, trainer: Trainer | None, recorder: Recorder | None) -> None:
+        """Make a trainer and its recorder known to the module; the trainer calls it."""
+        self.__dict__["_trainer"], self.__dict__["_recorder"] = trainer, recorder
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that runs this module.
+
+        Raises:
+            RuntimeError: While none does.
+        """
+        trainer = self.__dict__.get("_trainer")
+        if trainer is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer; call trainer.fit(module) or another first")
+        return trainer  # type: ignore[no-any-return]
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        self.__dict__["_trainer"] = trainer
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters and buffers, CPU if there are none; right everywhere outside `__init__`."""
+        trainer = self.__dict__.get("_trainer")
+        if trainer is not None and trainer.running_device is not None:
+            return trainer.running_device  # type: ignore[no-any-return]
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first floating-point parameter or buffer, else the default."""
+        tensors = (tensor for tensor in (*self.parameters(), *self.buffers()) if tensor.is_floating_point())
+        return next((tensor.dtype for tensor in tensors), torch.get_default_dtype())
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the epoch in progress; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.current_epoch if trainer is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken, by all optimizers together; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.global_step if trainer is not None else 0
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank in the run."""
+        return distributed.rank()
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank on its machine; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.local_rank if trainer is not None else 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the module is on another device than the CPU."""
+        return self.device.type != "cpu"
+
+    @property
+    def logger(self) -> Any:
+        """The trainer's first logger, or None."""
+        return self.trainer.logger if self.__dict__.get("_trainer") is not None else None
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The trainer's loggers."""
+        return self.trainer.loggers if self.__dict__.get("_trainer") is not None else []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of a batch: `training_step(self, batch, batch_idx)`.
+
+        Returns:
+            The loss, a scalar tensor; or a dict with it under "loss"; or None to skip the batch (one process only).
+            In manual optimization, anything.
+        """
+        raise NotImplementedError
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Score a validation batch: `validation_step(self, batch, batch_idx, dataloader_idx=0)`."""
+        raise NotImplementedError
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Score a test batch: `test_step(self, batch, batch_idx, dataloader_idx=0)`."""
+        raise NotImplementedError
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict a batch: `predict_step(self, batch, batch_idx, dataloader_idx=0)`; by default `self(batch)`."""
+        return self(args[0] if args else kwargs["batch"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute outputs, as in any `nn.Module`."""
+        return super().forward(*args, **kwargs)
+
+    def configure_optimizers(self) -> Any:
+        """Say with which optimizers, and learning-rate schedulers, the module is trained.
+
+        Returns:
+            An optimizer; a list of optimizers; two lists, of optimizers and of schedulers; a dict with "optimizer" and
+            "lr_scheduler" (a scheduler, or a dict with "scheduler", "interval" ("epoch" or "step"), "frequency",
+            "monitor", "strict", "name"); a list of such dicts; or None to train without one.
+        """
+        raise MisconfigurationException(
+            f"{type(self).__name__} has no configure_optimizers; define it, or return None from it to train without one"
+        )
+
+    def configure_callbacks(self) -> Any:
+        """Callbacks, or one, that this module wants; each replaces a callback of the same type in the trainer."""
+        return []
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Record a value under a name.
+
+        Args:
+            name: The name; the same on every rank.
+            value: A number, a tensor of one element, or a torchmetrics Metric.
+            prog_bar: Whether the progress bar shows it.
+            logger: Whether loggers get it; by default they do.
+            on_step: Whether each step's value counts. By default yes in training_step and the hooks around it.
+            on_epoch: Whether the epoch's value counts. By default yes everywhere else. With both, loggers get
+                `<name>_step` and `<name>_epoch`.
+            reduce_fx: How an epoch's value comes from its steps': "mean" (weighted by batch size), "sum", "min",
+                "max", or a function from a tensor of shape (steps,) to a number.
+            enable_graph: Accepted for compatibility; values are always detached.
+            sync_dist: Accepted for compatibility: values are brought together over the ranks always, at no cost per step.
+            sync_dist_group: Accepted for compatibility.
+            add_dataloader_idx: Whether `/dataloader_idx_<i>` is added where there are several loaders.
+            batch_size: Samples in the batch; by default the length of the batch's first tensor.
+            metric_attribute: Accepted for compatibility; where a Metric lies is found by itself.
+            rank_zero_only: Whether rank zero alone logs it, so that it is not reduced.
+
+        Raises:
+            MisconfigurationException: In a hook that cannot log, or for options that contradict an earlier call.
+            ValueError: For a value that is not one number.
+        """
+        recorder = self.__dict__.get("_recorder")
+        if recorder is None:
+            if self.__dict__.get("_fabric") is None:
+                warnings.warn(f"self.log({name!r}, …) does nothing: the module is not attached to a Trainer", stacklevel=2)
+            return
+        recorder.log(
+            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size, rank_zero_only
+        )
+
+    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+        """Record several values.
+
+        Args:
+            dictionary: Value by name; a torchmetrics MetricCollection is one.
+            options: As for `log`.
+        """
+        if not isinstance(dictionary, Mapping) and not hasattr(dictionary, "items"):
+            raise MisconfigurationException(f"self.log_dict was given {type(dictionary).__name__}; give a dict from name to value")
+        for name, value in dictionary.items():
+            self.log(name, value, **options)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank zero only, without breaking the progress bar."""
+        trainer = self.__dict__.get("_trainer")
+        bar = trainer.progress_bar_callback if trainer is not None else None
+        if bar is not None and bar.is_enabled:
+            bar.print(*args, **kwargs)
+        elif distributed.rank() == 0:
+            print(*args, **kwargs)  # noqa: T201
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The optimizers, for manual optimization: one, or a list.
+
+        Args:
+            use_pl_optimizer: Whether to wrap them so that their steps are counted and scaled; leave it.
+        """
+        wrapped = self.trainer.wrapped_optimizers
+        found: list[Any] = list(wrapped) if use_pl_optimizer else [optimizer.optimizer for optimizer in wrapped]
+        return found[0] if len(found) == 1 else found
+
+    def lr_schedulers(self) -> Any:
+        """The schedulers, for manual optimization: one, a list, or None."""
+        found = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return None if not found else found[0] if len(found) == 1 else found
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagate in manual optimization: scaled if the precision needs it, averaged over the ranks.
+
+        Args:
+            loss: A scalar tensor.
+            args: For `loss.backward`.
+            kwargs: For `loss.backward`.
+        """
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(self).__name__}.manual_backward was called in automatic optimization; set "
+                "self.automatic_optimization = False in __init__, or return the loss from training_step instead"
+            )
+        self.trainer.manual_backward(loss, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; override to do it otherwise.
+
+        Args:
+            loss: The loss, divided by the number of accumulated batches and scaled already.
+            args: For `loss.backward`.
+            kwargs: For `loss.backward`.
+        """
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step the optimizer; override to do it otherwise, and call `optimizer.step(closure=optimizer_closure)`.
+
+        Args:
+            epoch: Index of the epoch.
+            batch_idx: Index of the batch in the epoch.
+            optimizer: The optimizer.
+            optimizer_closure: Runs `training_step` and the backward pass. Must be called.
+        """
+        optimizer.step(optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients; override to do it otherwise."""
+        optimizer.zero_grad()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a scheduler; override for schedulers of another kind.
+
+        Args:
+            scheduler: The scheduler.
+            metric: The monitored value for ReduceLROnPlateau, else None.
+        """
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients before a step; override to do it otherwise, with `self.clip_gradients`.
+
+        Args:
+            optimizer: The optimizer about to step.
+            gradient_clip_val: From the Trainer; None for no clipping.
+            gradient_clip_algorithm: "norm", "value", or None for the Trainer's.
+        """
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of an optimizer's parameters, unscaled.
+
+        Args:
+            optimizer: Whose parameters.
+            gradient_clip_val: The largest total norm, or the largest value; None does nothing.
+            gradient_clip_algorithm: "norm" (default) or "value".
+        """
+        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Let only this optimizer's parameters require gradients, until `untoggle_optimizer`."""
+        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        kept: dict[nn.Parameter, bool] = {}
+        for other in self.trainer.optimizers:
+            for group in other.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) not in mine and parameter not in kept:
+                        kept[parameter] = parameter.requires_grad
+                        parameter.requires_grad = False
+        self.__dict__["_toggled"] = kept
+
+    def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Undo `toggle_optimizer`."""
+        for parameter, required in self.__dict__.pop("_toggled", {}).items():
+            parameter.requires_grad = required
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> Iterator[None]:
+        """Context in which only this optimizer's parameters require gradients."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Every rank's tensors, stacked.
+
+        Args:
+            data: Tensor or nest of tensors, of the same shapes on every rank.
+            group: Accepted for compatibility; the whole world.
+            sync_grads: Whether gradients flow back.
+
+        Returns:
+            The nest with tensors of shape (world_size, *shape).
+        """
+        from lightlite.nest import apply_to_tensors
+
+        return apply_to_tensors(data, lambda tensor: self.trainer.strategy.all_gather(tensor, group, sync_grads))
+
+    def freeze(self) -> None:
+        """Let no parameter require gradients, and go to evaluation mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Let every parameter require gradients, and go to training mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = True
+        self.train()
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make a module from the hyper-parameters and weights that a checkpoint holds.
+
+        Args:
+            checkpoint_path: Path, URL or open file of a checkpoint of lightlite or Lightning.
+            map_location: As for `torch.load`; by default the CPU.
+            hparams_file: YAML file whose hyper-parameters are taken where the checkpoint has none.
+            strict: Whether keys must match exactly; by default `strict_loading` of the module.
+            weights_only: Accepted for compatibility; nothing in a file is ever executed.
+            kwargs: For `__init__`, over the stored hyper-parameters.
+
+        Raises:
+            CheckpointError: For a file that is missing or is no sound checkpoint.
+        """
+        return module_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Export to ONNX.
+
+        Args:
+            file_path: Where to.
+            input_sample: Arguments of `forward`; by default `example_input_array`.
+            kwargs: For `torch.onnx.export`.
+        """
+        sample = self._sample(input_sample, "to_onnx")
+        mode = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return torch.onnx.export(self, sample if isinstance(sample, tuple) else (sample,), file_path, **kwargs)
+        finally:
+            self.train(mode)
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """Compile to TorchScript by "script" or "trace", and save to `file_path` if given."""
+        if method not in ("script", "trace"):
+            raise ValueError(f"to_torchscript(method={method!r}): allowed are 'script' and 'trace'")
+        mode = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                if method == "script":
+                    compiled = torch.jit.script(self, **kwargs)
+                else:
+                    compiled = torch.jit.trace(self, self._sample(example_inputs, "to_torchscript"), **kwargs)
+        finally:
+            self.train(mode)
+        if file_path is not None:
+            torch.jit.save(compiled, str(file_path))
+        return compiled
+
+    def _sample(self, given: Any, what: str) -> Any:
+        sample = self.example_input_array if given is None else given
+        if sample is None:
+            raise ValueError(f"{what} needs an input: pass one, or set self.example_input_array")
+        from lightlite.nest import move_to
+
+        return move_to(sample, self.device)

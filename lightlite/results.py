@@ -1,0 +1,508 @@
+"""What `self.log` does: values kept as they come, reduced in groups.
+
+Between two log points nothing is computed that would make a device wait: values are set aside as tensors.
+An `on_epoch` value keeps its sum and its weight apart, in double precision where the device has it, and is
+brought together over the ranks once an epoch, in one message that also shows whether the ranks logged the
+same keys. The names under which values reach loggers and callbacks follow Lightning 2.x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightlite import distributed
+from lightlite.errors import MetricError, MisconfigurationException
+
+FOLD_EVERY = 256
+REDUCTIONS = ("mean", "sum", "min", "max")
+
+STEP_HOOKS = {
+    "training_step",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "lr_scheduler_step",
+    "configure_gradient_clipping",
+}
+BATCH_HOOKS = STEP_HOOKS | {
+    f"{before}{stage}{after}"
+    for stage in ("validation", "test")
+    for before, after in (("", "_step"), ("on_", "_batch_start"), ("on_", "_batch_end"))
+}
+EPOCH_HOOKS = {
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    *(f"on_{stage}_{when}" for stage in ("validation", "test") for when in ("start", "epoch_start", "epoch_end")),
+}
+
+
+class Place(NamedTuple):
+    """From where, and under which name, a value is logged."""
+
+    hook: str | None
+    name: str
+    dataloader_idx: int | None
+
+
+class Share(NamedTuple):
+    """One rank's part of an epoch's value, as plain numbers."""
+
+    reduce: str
+    total: Any
+    weight: float
+    rank_zero_only: bool
+    key: str
+    logger: bool
+    prog_bar: bool
+
+
+@dataclass
+class Entry:
+    """One value that is logged again and again from one place."""
+
+    place: Place
+    given: tuple[Any, ...]
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+    reduce: str | Callable[[Any], Any]
+    rank_zero_only: bool
+
+    def __post_init__(self) -> None:
+        suffix = "" if self.place.dataloader_idx is None else f"/dataloader_idx_{self.place.dataloader_idx}"
+        forked = self.on_step and self.on_epoch
+        self.key = self.place.name + suffix
+        self.step_key = f"{self.place.name}_step{suffix}" if forked else self.key
+        self.epoch_key = f"{self.place.name}_epoch{suffix}" if forked else self.key
+        self.latest: Any = None
+        self.fresh = False
+        self.reduced = False
+        self.metric: Any = None
+        self.values: list[Any] = []
+        self.weights: list[float] = []
+        self.total: Any = None
+        self.weight = 0.0
+
+    def add(self, value: Any, weight: float) -> None:
+        """Set one step's value aside for the epoch's."""
+        self.values.append(value)
+        self.weights.append(weight)
+        if len(self.values) >= FOLD_EVERY:
+            self.fold()
+
+    def fold(self) -> None:
+        """Reduce what was set aside since the last call, without waiting for the device."""
+        if not self.values or not isinstance(self.reduce, str):
+            return
+        stacked = _stack(self.values)
+        if self.reduce == "mean":
+            weights = torch.tensor(self.weights, dtype=stacked.dtype).to(stacked.device)
+            self.total = (0 if self.total is None else self.total) + torch.dot(stacked, weights)
+        elif self.reduce == "sum":
+            self.total = (0 if self.total is None else self.total) + stacked.sum()
+        else:
+            known = stacked[:0] if self.total is None else self.total.reshape(1)
+            self.total = getattr(torch.cat([known, stacked]), self.reduce)()
+        self.weight += sum(self.weights)
+        self.values, self.weights = [], []
+
+    def share(self) -> Share:
+        """This rank's part of the epoch's value. Waits for the device."""
+        flags = (self.rank_zero_only, self.epoch_key, self.logger, self.prog_bar)
+        if not isinstance(self.reduce, str):
+            return Share("custom", _stack(self.values).tolist(), float(len(self.values)), *flags)
+        self.fold()
+        return Share(self.reduce, float(self.total), self.weight, *flags)
+
+    def step_value(self) -> Any:
+        """The latest step's value, a number or a tensor of one element."""
+        if self.metric is None:
+            return self.latest
+        cached = getattr(self.metric, "_forward_cache", None)
+        return self.metric.compute() if cached is None else cached
+
+
+def combine(shares: Sequence[Share], function: Callable[[Any], Any] | None = None) -> float:
+    """The epoch's value, from every rank's part."""
+    totals = [share.total for share in shares]
+    reduce = shares[0].reduce
+    if reduce == "custom":
+        assert function is not None
+        return float(function(torch.tensor([value for total in totals for value in total], dtype=torch.float64)))
+    if any(math.isnan(total) for total in totals):
+        return math.nan
+    if reduce in ("min", "max"):
+        return min(totals) if reduce == "min" else max(totals)
+    total = sum(totals)
+    weight = sum(share.weight for share in shares)
+    if reduce == "sum":
+        return float(total)
+    return float(total / weight) if weight else math.nan
+
+
+def numbers(values: Sequence[Any]) -> list[float]:
+    """Plain numbers from numbers and one-element tensors, waiting for each device once."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    read = iter(_stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def _stack(values: Sequence[Any]) -> Tensor:
+    device = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+    wide = torch.float64 if _has_double(device) else torch.float32
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=wide)
+    tensors = [value if isinstance(value, Tensor) else torch.tensor(value, dtype=wide) for value in values]
+    first = tensors[0].dtype
+    if all(tensor.dtype == first and tensor.dim() == 0 and tensor.device == device for tensor in tensors):
+        return torch.stack(tensors).to(wide)
+    return torch.stack([tensor.reshape(()).to(device=device, dtype=wide) for tensor in tensors])
+
+
+_double: dict[str, bool] = {}
+
+
+def _has_double(device: torch.device) -> bool:
+    """Whether the device computes in double precision: tried once for each kind."""
+    if device.type not in _double:
+        try:
+            torch.zeros((), device=device).to(torch.float64)
+            _double[device.type] = True
+        except (TypeError, RuntimeError):
+            _double[device.type] = False
+    return _double[device.type]
+
+
+class Results:
+    """What was logged in one loop since its epoch began."""
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
+        self.entries: dict[Place, Entry] = {}
+        self.late: dict[str, float] = {}
+        self.epoch_values: dict[Place, tuple[str, float]] = {}
+        self.batches = 0
+        self.in_batch = False
+
+    def reset(self) -> None:
+        """Forget everything, for a new epoch; torchmetrics' metrics start anew."""
+        for entry in self.entries.values():
+            if entry.metric is not None:
+                entry.metric.reset()
+        self.entries.clear()
+        self.epoch_values.clear()
+        self.batches = 0
+        self.in_batch = False
+
+
+class Recorder:
+    """Takes what `self.log` is given, and holds the metrics of a trainer.
+
+    The loops tell it where they are: `hook` (which hook is running), the batch, `dataloader_idx`, and which
+    loop's results are `active`.
+    """
+
+    def __init__(self) -> None:
+        self.hook: str | None = None
+        self.dataloader_idx: int | None = None
+        self.active: Results | None = None
+        self.module: nn.Module | None = None
+        self._batch: Any = None
+        self._batch_size: int | None = None
+        self._callback: dict[str, Tensor] = {}
+        self._progress_bar: dict[str, float] = {}
+        self.logged: dict[str, Tensor] = {}
+
+    def begin_batch(self, batch: Any) -> None:
+        """Note the batch that values will be logged for."""
+        self._batch, self._batch_size = batch, None
+
+    def remember(self, metrics: Mapping[str, float]) -> None:
+        """Put back the metrics of a checkpoint, for callbacks and schedulers that watch one."""
+        self._callback.update({key: torch.tensor(value) for key, value in metrics.items()})
+
+    def forget(self) -> None:
+        """Drop the metrics of the former call."""
+        self._callback.clear()
+        self._progress_bar.clear()
+        self.logged.clear()
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool,
+        logger: bool | None,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: str | Callable[[Any], Any],
+        add_dataloader_idx: bool,
+        batch_size: int | None,
+        rank_zero_only: bool,
+    ) -> None:
+        """Set a value aside. The arguments are those of `LightningModule.log`."""
+        results = self.active
+        if results is None:
+            raise MisconfigurationException(
+                f"self.log({name!r}, …) was called while no loop is running; log inside of training_step, "
+                "validation_step, test_step or a hook of their loops"
+            )
+        given = (prog_bar, logger, on_step, on_epoch, reduce_fx, rank_zero_only)
+        place = Place(self.hook, name, self.dataloader_idx if add_dataloader_idx else None)
+        entry = results.entries.get(place)
+        if entry is None:
+            entry = results.entries[place] = make_entry(place, given)
+        elif entry.given != given:
+            raise MisconfigurationException(
+                f"self.log({name!r}, …) was called twice in {self.hook} with different arguments: (prog_bar, logger, "
+                f"on_step, on_epoch, reduce_fx, rank_zero_only) = {entry.given} and then {given}; use one set for a name"
+            )
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"self.log({name!r}, …) was given a tensor of shape {tuple(value.shape)}; log one number, such as "
+                    "its .mean()"
+                )
+            value = value.detach().clone() if value.grad_fn is None else value.detach()
+        elif not isinstance(value, (int, float)):
+            value = _unusual(entry, value)
+        entry.latest, entry.fresh, entry.reduced = value, True, False
+        if entry.on_epoch and entry.metric is None:
+            weighed = entry.reduce == "mean" and self.hook in BATCH_HOOKS
+            entry.add(value, (batch_size or self._size_of_batch(name)) if weighed else 1)
+
+    def _size_of_batch(self, name: str) -> int:
+        if self._batch_size is None:
+            self._batch_size = next(_sizes(self._batch), None)
+            if self._batch_size is None:
+                raise MisconfigurationException(
+                    f"self.log({name!r}, …) cannot tell the batch size from a batch of type "
+                    f"{type(self._batch).__name__}; pass batch_size=…"
+                )
+        return self._batch_size
+
+    def step_metrics(self) -> dict[str, float]:
+        """What the values logged on_step in this batch come to, for the loggers. A collective call.
+
+        With several ranks these are the values over all ranks: what one process would log.
+        """
+        entries = self._fresh_steps()
+        values = numbers([entry.step_value() for entry in entries])
+        if distributed.world_size() > 1:
+            shares = {
+                entry.place: Share(_step_reduction(entry), value, 1.0, *_flags(entry))
+                for entry, value in zip(entries, values, strict=True)
+            }
+            gathered = distributed.gather_objects((1, shares))
+            _agree(gathered)
+            values = [
+                value if entry.rank_zero_only else combine([of_rank[entry.place] for _, of_rank in gathered])
+                for entry, value in zip(entries, values, strict=True)
+            ]
+        for entry, value in zip(entries, values, strict=True):
+            self._publish_step(entry, value)
+            entry.fresh = False
+        return {entry.step_key: value for entry, value in zip(entries, values, strict=True) if entry.logger}
+
+    def take_steps(self) -> dict[str, Any]:
+        """What was logged on_step in this batch, for the loggers, by key; left on the device. For evaluation."""
+        entries = self._fresh_steps()
+        for entry in entries:
+            entry.fresh = False
+        return {entry.step_key: entry.step_value() for entry in entries if entry.logger}
+
+    def _fresh_steps(self) -> list[Entry]:
+        assert self.active is not None
+        return [entry for entry in self.active.entries.values() if entry.on_step and entry.fresh]
+
+    def _publish_step(self, entry: Entry, value: Any) -> None:
+        self._callback[entry.key] = self._callback[entry.step_key] = torch.as_tensor(value).detach().reshape(())
+        if entry.prog_bar:
+            self._progress_bar[entry.step_key] = value
+
+    def _publish_steps(self) -> None:
+        """Show this rank's latest values to whoever asks in the middle of an epoch."""
+        for entry in self._fresh_steps():
+            self._publish_step(entry, entry.step_value())
+
+    def reduce_epoch(self) -> dict[str, float]:
+        """Bring values logged on_epoch, and not reduced yet, together over the ranks. A collective call.
+
+        Returns:
+            What goes to the loggers, by key. Callbacks find it under `callback_metrics`.
+
+        Raises:
+            MetricError: Where a rank that had batches did not log what another logged.
+        """
+        results = self.active
+        assert results is not None
+        results.in_batch = False
+        entries = {p: e for p, e in results.entries.items() if e.on_epoch and not e.reduced}
+        shares = {place: entry.share() for place, entry in entries.items() if entry.metric is None}
+        shares |= {p: Share("metric", self._path_of(e), 1.0, *_flags(e)) for p, e in entries.items() if e.metric is not None}
+        gathered = distributed.gather_objects((results.batches, shares))
+        _agree(gathered)
+        logged, results.late = results.late, {}
+        places = dict.fromkeys(place for _, by_place in gathered for place in by_place)
+        for place in places:
+            parts = [by_place[place] for _, by_place in gathered if place in by_place]
+            value = self._value_of(place, parts, results)
+            self._publish_epoch(place, parts[0], value)
+            results.epoch_values[place] = (parts[0].key, value)
+            if parts[0].logger:
+                logged[parts[0].key] = value
+        for entry in entries.values():
+            entry.reduced, entry.fresh = True, False
+        return logged
+
+    def reduce_epoch_quietly(self) -> None:
+        """Bring together what hooks at the epoch's end logged, so that callbacks can watch it."""
+        assert self.active is not None
+        self.active.late |= self.reduce_epoch()
+
+    def per_loader(self, count: int) -> list[dict[str, float]]:
+        """The epoch's values by key, for each of `count` loaders; what belongs to no loader is in each."""
+        assert self.active is not None
+        values = self.active.epoch_values
+        return [
+            {key: value for place, (key, value) in values.items() if place.dataloader_idx in (None, index)}
+            for index in range(count)
+        ]
+
+    def _value_of(self, place: Place, parts: list[Share], results: Results) -> float:
+        if parts[0].reduce != "metric":
+            entry = results.entries.get(place)
+            if parts[0].reduce == "custom" and entry is None:
+                return math.nan
+            function = None if entry is None or isinstance(entry.reduce, str) else entry.reduce
+            return combine(parts, function)
+        assert self.module is not None
+        metric = results.entries[place].metric if place in results.entries else self.module.get_submodule(parts[0].total)
+        return float(metric.compute())
+
+    def _path_of(self, entry: Entry) -> str:
+        """Where in the module a logged Metric lies, for ranks that had no batch to log it with."""
+        modules = self.module.named_modules() if self.module is not None else ()
+        return next((path for path, module in modules if module is entry.metric), "")
+
+    def _publish_epoch(self, place: Place, share: Share, value: float) -> None:
+        suffix = "" if place.dataloader_idx is None else f"/dataloader_idx_{place.dataloader_idx}"
+        tensor = torch.tensor(value)
+        self._callback[place.name + suffix] = self._callback[share.key] = tensor
+        if share.prog_bar:
+            self._progress_bar[share.key] = value
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The latest of everything logged, for callbacks and schedulers; never a collective call."""
+        if self.active is not None and self.active.in_batch:
+            self._publish_steps()
+        return dict(self._callback)
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The latest of what was logged with prog_bar=True, as numbers; waits for the device."""
+        if self.active is not None and self.active.in_batch:
+            self._publish_steps()
+        return dict(zip(self._progress_bar, numbers(list(self._progress_bar.values())), strict=True))
+
+
+def make_entry(place: Place, given: tuple[Any, ...]) -> Entry:
+    """What a first `self.log` from a place means.
+
+    Raises:
+        MisconfigurationException: For a hook that cannot log, options that contradict one another, a name or a
+            reduction that is none.
+    """
+    prog_bar, logger, on_step, on_epoch, reduce_fx, rank_zero_only = given
+    hook, name, _ = place
+    if not isinstance(name, str):
+        raise MisconfigurationException(f"self.log was given the name {name!r}; give a string")
+    if "/dataloader_idx_" in name:
+        raise MisconfigurationException(
+            f"self.log({name!r}, …): '/dataloader_idx_' is added by itself where there are several loaders; choose another"
+        )
+    if hook not in BATCH_HOOKS and hook not in EPOCH_HOOKS:
+        raise MisconfigurationException(
+            f"self.log({name!r}, …) cannot be used inside {hook or 'code outside of the hooks'}; log inside of a step, or of "
+            "a batch or epoch hook of training, validation or test"
+        )
+    if hook in EPOCH_HOOKS and (on_step or on_epoch is False):
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step={on_step}, on_epoch={on_epoch}) inside {hook}, which belongs to no step; leave "
+            "on_step and on_epoch out"
+        )
+    on_step = hook in STEP_HOOKS if on_step is None else on_step
+    on_epoch = hook not in STEP_HOOKS if on_epoch is None else on_epoch
+    reduce = getattr(reduce_fx, "__name__", reduce_fx)
+    reduce = {"avg": "mean", "amin": "min", "amax": "max"}.get(reduce, reduce)
+    if reduce not in REDUCTIONS:
+        if not callable(reduce_fx):
+            raise MisconfigurationException(
+                f"self.log({name!r}, reduce_fx={reduce_fx!r}): allowed are {', '.join(map(repr, REDUCTIONS))} and functions "
+                "from a tensor of shape (steps,) to a number"
+            )
+        reduce = reduce_fx
+    return Entry(place, given, prog_bar, logger is not False, on_step, on_epoch, reduce, rank_zero_only)
+
+
+def _flags(entry: Entry) -> tuple[bool, str, bool, bool]:
+    return entry.rank_zero_only, entry.epoch_key, entry.logger, entry.prog_bar
+
+
+def _step_reduction(entry: Entry) -> str:
+    return entry.reduce if isinstance(entry.reduce, str) else "mean"
+
+
+def _agree(gathered: list[tuple[int, Mapping[Place, Share]]]) -> None:
+    """Every rank that had batches must have logged the same, but for what rank zero alone logs."""
+    everything = {place: share for _, shares in gathered for place, share in shares.items()}
+    for rank, (batches, shares) in enumerate(gathered):
+        missing = [place for place, share in everything.items() if place not in shares and not share.rank_zero_only]
+        if batches and missing:
+            having = [r for r, (_, other) in enumerate(gathered) if missing[0] in other]
+            raise MetricError(
+                f"rank {rank} did not log {missing[0].name!r} in {missing[0].hook}, which rank {having[0]} logged; log every "
+                "name on every rank, or pass rank_zero_only=True where rank zero alone knows the value"
+            )
+
+
+def _unusual(entry: Entry, value: Any) -> Any:
+    if callable(getattr(value, "compute", None)) and callable(getattr(value, "update", None)):
+        entry.metric = value
+        return value
+    if hasattr(value, "item") and getattr(value, "size", 0) == 1:
+        return value.item()
+    raise ValueError(
+        f"self.log({entry.place.name!r}, …) was given {value!r} of type {type(value).__name__}; log a number, a tensor of "
+        "one element, or a torchmetrics Metric"
+    )
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    """Lengths of the tensors and strings in a batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch.shape[0] if batch.dim() else 1
+    elif isinstance(batch, str):
+        yield len(batch)
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _sizes(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _sizes(value)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _sizes(getattr(batch, field.name))

@@ -1,0 +1,32 @@
+"""Everything that knows hardware, ranks or formats of numbers; also the public names for `Trainer(plugins=…)`.
+
+Names are imported when they are first used, so that one plugin does not load the others.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightlite.interfaces import Precision
+
+if TYPE_CHECKING:
+    from lightlite.plugins.precision import (
+        DoublePrecision,
+        FullPrecision,
+        HalfPrecision,
+        MixedPrecision,
+        TruePrecision,
+    )
+
+__all__ = ["DoublePrecision", "FullPrecision", "HalfPrecision", "MixedPrecision", "Precision", "TruePrecision"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("lightlite.plugins.precision"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

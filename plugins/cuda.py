@@ -1,0 +1,201 @@
+"""NVIDIA GPUs through CUDA, and AMD GPUs through ROCm, which PyTorch serves under the same names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from lightlite import distributed
+from lightlite.errors import MisconfigurationException
+from lightlite.interfaces import Accelerator
+from lightlite.nest import move_to
+from lightlite.plugins import nvml
+from lightlite.plugins.devices import ALL, read_devices, share_of_cores
+
+_log = logging.getLogger(__name__)
+_AMPERE = (8, 0)
+
+
+class CUDAAccelerator(Accelerator):
+    """GPUs, one to a process. Indices are PyTorch's: positions among the devices that CUDA_VISIBLE_DEVICES leaves."""
+
+    name = "cuda"
+    process_group_backend = "nccl"
+    pin_memory = True
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether PyTorch sees a GPU."""
+        return CUDAAccelerator.auto_device_count() > 0
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        """Why there is no GPU to use; None where there is."""
+        if cls.is_available():
+            return None
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f"this PyTorch ({torch.__version__}) was built without CUDA and ROCm"
+        for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+            if variable in os.environ:
+                return f"PyTorch sees no GPU, with {variable}={os.environ[variable]!r}"
+        maker = "AMD" if torch.version.hip else "NVIDIA"
+        return f"PyTorch sees no {maker} GPU: there is none, or its driver does not work"
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """How many GPUs PyTorch sees; it asks NVML where it can, which leaves CUDA uninitialised."""
+        return torch.cuda.device_count()
+
+    @staticmethod
+    def parse_devices(devices: int | str | Sequence[int]) -> list[int]:
+        """Indices of the GPUs meant: see `Accelerator.parse_devices`."""
+        wanted, count = read_devices(devices), CUDAAccelerator.auto_device_count()
+        if count == 0:
+            raise MisconfigurationException(
+                f"devices={devices!r} was asked of cuda, but {CUDAAccelerator.unavailable_reason()}; "
+                'use accelerator="auto" to take what there is, or accelerator="cpu"'
+            )
+        if wanted == ALL:
+            return list(range(count))
+        indices = wanted if isinstance(wanted, list) else list(range(wanted))
+        if max(indices) >= count:
+            there = "1 GPU, with index 0" if count == 1 else f"{count} GPUs, with indices 0 to {count - 1}"
+            advice = f"devices={count}" if isinstance(wanted, int) else f"devices={list(range(count))}"
+            raise MisconfigurationException(
+                f'devices={devices!r} was asked of cuda, but PyTorch sees {there}; use at most {advice}, or "auto"'
+            )
+        return indices
+
+    @staticmethod
+    def get_parallel_devices(devices: list[int]) -> list[torch.device]:
+        """`cuda:index` for each index."""
+        return [torch.device("cuda", index) for index in devices]
+
+    @staticmethod
+    def find_usable_devices(num_devices: int = -1) -> list[int]:
+        """Indices of GPUs on which this process can allocate, those with the least memory in use first.
+
+        GPUs in exclusive-process mode that another process holds are left out. Each GPU returned is tried out, for
+        which CUDA is initialised in this process, with a few hundred megabytes on each.
+
+        Args:
+            num_devices: How many; -1 for all that are usable.
+
+        Raises:
+            MisconfigurationException: Where there are none, or fewer are usable.
+        """
+        count = CUDAAccelerator.auto_device_count()
+        if count == 0:
+            raise MisconfigurationException(
+                f"find_usable_cuda_devices({num_devices}): {CUDAAccelerator.unavailable_reason()}"
+            )
+        if not -1 <= num_devices <= count:
+            raise MisconfigurationException(
+                f"find_usable_cuda_devices({num_devices}): PyTorch sees {count} GPUs; give at most that, or -1 for all"
+            )
+        usable: list[int] = []
+        for index in sorted(range(count), key=_memory_in_use):
+            if len(usable) != num_devices and _is_usable(index):
+                usable.append(index)
+        if len(usable) < num_devices:
+            raise MisconfigurationException(
+                f"find_usable_cuda_devices({num_devices}): only {len(usable)} of {count} GPUs can be used now "
+                f"({usable}); the others are held by other processes"
+            )
+        return usable
+
+    def setup_device(self, device: torch.device) -> None:
+        """Make `device` current, so that nothing is allocated on GPU 0 by mistake."""
+        torch.cuda.set_device(device)
+        _advise_on_matmul_precision(device)
+
+    def teardown(self) -> None:
+        """Give cached memory back to the device."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def batch_mover(self, device: torch.device) -> Callable[[Any], Any] | None:
+        """Copies that do not wait, from batches in page-locked memory; kernels queued after them see their result."""
+        return partial(move_to, device=device, non_blocking=True)
+
+    def random_state(self, device: torch.device) -> Any:
+        """The generator's state, a byte tensor on the CPU."""
+        return torch.cuda.get_rng_state(device)
+
+    def set_random_state(self, state: Any, device: torch.device) -> None:
+        """Put back what `random_state` returned."""
+        torch.cuda.set_rng_state(state.cpu(), device)
+
+    def seed(self, seed: int) -> None:
+        """Seed every GPU's generator; takes effect later where CUDA is not initialised yet."""
+        torch.cuda.manual_seed_all(seed)
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for every stream of the device."""
+        torch.cuda.synchronize(device)
+
+    def get_device_stats(self, device: torch.device) -> dict[str, float]:
+        """PyTorch's allocator with the prefix "process_", and NVML's figures of the whole GPU where it tells them."""
+        stats = torch.cuda.memory_stats(device)
+        figures = {
+            "process_memory_bytes": stats.get("allocated_bytes.all.current", 0),
+            "process_memory_peak_bytes": stats.get("allocated_bytes.all.peak", 0),
+            "process_memory_reserved_bytes": stats.get("reserved_bytes.all.current", 0),
+            "process_memory_reserved_peak_bytes": stats.get("reserved_bytes.all.peak", 0),
+            "process_allocation_retries": stats.get("num_alloc_retries", 0),
+            "process_out_of_memory_errors": stats.get("num_ooms", 0),
+        }
+        return {**{name: float(value) for name, value in figures.items()}, **_whole_device(device)}
+
+    def threads_per_rank(self, local_world_size: int) -> int | None:
+        """The cores this process may use, divided by the machine's ranks, at least 1; None for a single rank."""
+        return share_of_cores(local_world_size)
+
+
+find_usable_cuda_devices = CUDAAccelerator.find_usable_devices
+
+
+def _whole_device(device: torch.device) -> dict[str, float]:
+    if torch.version.hip is not None:
+        return {}
+    # By UUID: NVML counts all GPUs of the machine, PyTorch those that CUDA_VISIBLE_DEVICES leaves.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return {} if uuid is None else nvml.device_figures(str(uuid))
+
+
+def _memory_in_use(index: int) -> float:
+    return _whole_device(torch.device("cuda", index)).get("memory_used_bytes", 0.0)
+
+
+def _is_usable(index: int) -> bool:
+    try:
+        torch.zeros((), device=torch.device("cuda", index))
+    except RuntimeError as error:
+        _log.info("GPU %d cannot be used: %s", index, error)
+        return False
+    return True
+
+
+def _advise_on_matmul_precision(device: torch.device) -> None:
+    if distributed.rank() != 0 or torch.version.hip is not None or torch.cuda.get_device_capability(device) < _AMPERE:
+        return
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody chose already, by PyTorch's newer per-backend settings
+        return
+    if precision == "highest":
+        _advise_once(torch.cuda.get_device_name(device))
+
+
+@cache
+def _advise_once(device_name: str) -> None:
+    _log.info(
+        "%s has TensorFloat-32 cores, which are not used: float32 matrix products are computed at full precision. "
+        "torch.set_float32_matmul_precision('high') makes them several times faster, with a mantissa of 10 bits.",
+        device_name,
+    )

@@ -1,0 +1,71 @@
+"""What the accelerators share: reading `devices=` arguments, and counting the CPU's cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import cast
+
+from lightlite.errors import MisconfigurationException
+
+ALL = -1
+"""The count that means every device there is."""
+
+
+def read_devices(devices: int | str | Sequence[int]) -> int | list[int]:
+    """A `devices=` argument as a count, `ALL`, or a list of distinct indices; says nothing about what exists.
+
+    Args:
+        devices: 2 or "2" (a count), -1, "-1" or "auto" (`ALL`), [0, 3], "0,3" or "3," (indices).
+
+    Raises:
+        MisconfigurationException: For anything else.
+    """
+    given = devices
+    if isinstance(devices, str):
+        devices = _read_string(devices)
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        if devices == 0 or devices < ALL:
+            raise MisconfigurationException(f"devices={given!r} asks for no device; {_ALLOWED}")
+        return devices
+    if isinstance(devices, (str, bytes, int)) or not isinstance(devices, Sequence):
+        raise MisconfigurationException(f"devices={given!r} is not understood; {_ALLOWED}")
+    indices: list[int] = list(cast(Sequence[int], devices))
+    if not indices:
+        raise MisconfigurationException(f"devices={given!r} asks for no device; {_ALLOWED}")
+    if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in indices):
+        raise MisconfigurationException(f"devices={given!r} holds something that is no device index; {_ALLOWED}")
+    twice = sorted({index for index in indices if indices.count(index) > 1})
+    if twice:
+        raise MisconfigurationException(f"devices={given!r} names device {twice[0]} more than once; name each once")
+    return indices
+
+
+_ALLOWED = 'give a count (2 or "2"), a list of indices ([0, 1] or "0,1"), or "auto" (or -1) for all there are'
+
+
+def _read_string(text: str) -> int | list[int] | str:
+    text = text.strip()
+    if text == "auto":
+        return ALL
+    try:
+        if "," in text:
+            return [int(part) for part in text.split(",") if part.strip()]
+        return int(text)
+    except ValueError:
+        return text
+
+
+def affinity_cores() -> int:
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_of_cores(local_world_size: int) -> int | None:
+    """Threads for each of the machine's ranks; None for a single one, to which torch's own choice is left.
+
+    One rank keeps exactly what a script without a trainer would have: the number of threads can change the rounding.
+    """
+    return None if local_world_size <= 1 else max(1, affinity_cores() // local_world_size)

@@ -1,0 +1,143 @@
+"""What a training step may cost, in things that can be counted exactly: calls into lightlite, values read back."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import lightlite as pl
+
+PACKAGE = str(Path(pl.__file__).parent)
+BARE: dict[str, Any] = {
+    "max_epochs": 1,
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Window:
+    """What is watched between the training steps with index `first` and `last`."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def at(self, batch_idx: int) -> None:
+        if batch_idx == self.first:
+            self.open()
+        elif batch_idx == self.last:
+            self.close()
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class CallsIntoLightlite(Window):
+    """Python functions of lightlite that were called, by file and name."""
+
+    def open(self) -> None:
+        self.calls: Counter[str] = Counter()
+        sys.setprofile(self._note)
+
+    def close(self) -> None:
+        sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            self.calls[f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_code.co_name}"] += 1
+
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__format__")
+
+
+class ValuesReadBack(Window):
+    """Reads of a tensor's value into Python, by name; on a GPU each of them waits for the device."""
+
+    def open(self) -> None:
+        self.reads: Counter[str] = Counter()
+        reads = self.reads
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = getattr(func, "__name__", "")
+                if name in READS:
+                    reads[name] += 1
+                return func(*args, **(kwargs or {}))
+
+        self._watch = Watch()
+        self._watch.__enter__()
+
+    def close(self) -> None:
+        self._watch.__exit__(None, None, None)
+
+
+class Net(pl.LightningModule):
+    def __init__(self, window: Window, **log: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 2)
+        self.window = window
+        self.log_options = log
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.window.at(batch_idx)
+        x, y = batch
+        loss = F.cross_entropy(self.layer(x), y)
+        if self.log_options:
+            self.log("loss", loss, **self.log_options)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(8, 32), torch.randint(2, (8,))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("log", "most"), [({}, 8), ({"on_step": True}, 12)], ids=["bare", "one log"])
+def test_a_training_step_makes_few_python_calls_into_lightlite(log: dict[str, Any], most: int) -> None:
+    window = CallsIntoLightlite(10, 20)
+    pl.Trainer(**BARE).fit(Net(window, **log), batches(30))
+
+    per_step = {name: count / 10 for name, count in window.calls.items()}
+    assert sum(per_step.values()) <= most, per_step
+
+
+@pytest.mark.parametrize(
+    "log", [{"on_step": True}, {"on_epoch": True}, {"on_step": True, "on_epoch": True, "prog_bar": True}]
+)
+def test_no_value_is_read_back_from_a_tensor_between_two_log_points(log: dict[str, Any]) -> None:
+    window = ValuesReadBack(11, 18)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, log_every_n_steps=10, enable_progress_bar=False)
+    trainer.fit(Net(window, **log), batches(30))
+
+    assert window.reads == {}
+
+
+@pytest.mark.parametrize(
+    "read", [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, bool, float, int, "{:.1f}".format, math.isfinite]
+)
+def test_the_watch_for_values_read_back_sees_one(read: Callable[[Tensor], Any]) -> None:
+    window = ValuesReadBack(0, 1)
+    window.at(0)
+    read(torch.ones(()))
+    window.at(1)
+
+    assert window.reads.total() >= 1

@@ -187,7 +187,7 @@ class RankAgent(LocalElasticAgent):
         self.failure = first_cause(failures)
         left = self._remaining_restarts
         if left:
-            report(self.failure, self._logs_specs.root_log_dir, f"; starting all ranks anew ({left} restarts left)")
+            report(self.failure, self._logs_specs.root_log_dir, f"; starting all ranks anew (restarts left: {left})")
         return result
 
     def _failures(self, worker_group: WorkerGroup) -> list[Failure]:

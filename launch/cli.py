@@ -302,7 +302,7 @@ def describe(launch: Launch, variables: dict[str, str]) -> str:
     machines = (
         str(launch.max_nodes) if launch.min_nodes == launch.max_nodes else f"{launch.min_nodes} to {launch.max_nodes}"
     )
-    lines = [f"{machines} machine{'s' if launch.max_nodes > 1 else ''}, {len(devices)} ranks on this one"]
+    lines = [f"machines: {machines}; ranks on this one: {len(devices)}"]
     for local_rank, device in enumerate(devices):
         shown = "output shown" if launch.output == "tee" else "output to a file"
         if launch.output == "first" and local_rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -33,8 +34,11 @@ class Helper:
         if threads is not None and "OMP_NUM_THREADS" not in os.environ:
             environ["OMP_NUM_THREADS"] = str(threads)
             environ.setdefault("MKL_NUM_THREADS", str(threads))
+        # Loader workers, here and there, keep sockets in this folder; made here, it is removed however they end.
+        folder = multiprocessing.util.get_temp_dir()
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        command = [sys.executable, *flags, "-m", "lightlite.launch.worker", str(theirs.fileno()), str(os.getpid())]
+        program = [sys.executable, *flags, "-m", "lightlite.launch.worker"]
+        command = [*program, str(theirs.fileno()), str(os.getpid()), folder]
         with theirs:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),), start_new_session=True

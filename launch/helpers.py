@@ -41,7 +41,7 @@ _run_in_main_thread = False
 class HelperPool(Launcher):
     """Makes ranks out of the calling process and `local_world_size - 1` helpers, on this machine.
 
-    Pools of the same shape share their helpers, so the second Trainer of a script finds them warm. They end with
+    Pools of the same shape share their helpers, so the second pool of a script finds them warm. They end with
     `close`, with the last pool of their shape, and with this process, however it ends.
 
     Args:

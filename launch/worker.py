@@ -1,7 +1,7 @@
 """A helper process: it waits for work from the process that started it, and ends with that process.
 
-Run as `python -m lightlite.launch.worker SOCKET PARENT`, with the descriptor of a connected socket and the
-process id of the parent. It never imports the parent's main module: what it needs of that comes with the work.
+Run as `python -m lightlite.launch.worker SOCKET PARENT FOLDER`, with the descriptor of a connected socket, the
+process id of the parent and the folder in which its multiprocessing keeps sockets. It never imports the parent's main module: what it needs of that comes with the work.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import multiprocessing
 import os
 import queue
 import selectors
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from typing import NoReturn
 
 from lightlite import distributed
 from lightlite.launch import messages, transport
@@ -31,13 +32,14 @@ OWN_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "LOCAL_RANK")
 
 def main() -> None:
     """Serve one task after the other, until the parent is gone."""
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    descriptor, parent, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
     faulthandler.enable()
     os.set_inheritable(descriptor, False)
     connection = socket.socket(fileno=descriptor)
     os.register_at_fork(after_in_child=connection.close)
     tasks: queue.SimpleQueue[tuple[Task, int]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, parent, tasks), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, parent, folder, tasks), daemon=True).start()
     gc.collect()
     gc.freeze()
     while True:
@@ -51,7 +53,7 @@ def main() -> None:
         gc.collect()
 
 
-def _listen(connection: socket.socket, parent: int, tasks: queue.SimpleQueue[tuple[Task, int]]) -> None:
+def _listen(connection: socket.socket, parent: int, folder: str, tasks: queue.SimpleQueue[tuple[Task, int]]) -> None:
     """Take tasks in, and end the process group, loader workers included, once the parent is gone.
 
     The end of the connection tells at once. The parent's id is looked at as well, for a program that the parent
@@ -67,12 +69,8 @@ def _listen(connection: socket.socket, parent: int, tasks: queue.SimpleQueue[tup
                 except EOFError:
                     break
                 tasks.put((task, file))
-    _end_group()
-
-
-def _end_group() -> NoReturn:
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
-    raise AssertionError("still alive after SIGKILL")
 
 
 def _serve(task: Task, file: int) -> Report:

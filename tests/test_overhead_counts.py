@@ -111,7 +111,7 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(8, 32), torch.randint(2, (8,))) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("log", "most"), [({}, 8), ({"on_step": True}, 12)], ids=["bare", "one log"])
+@pytest.mark.parametrize(("log", "most"), [({}, 10), ({"on_step": True}, 12)], ids=["bare", "one log"])
 def test_a_training_step_makes_few_python_calls_into_lightlite(log: dict[str, Any], most: int) -> None:
     window = CallsIntoLightlite(10, 20)
     pl.Trainer(**BARE).fit(Net(window, **log), batches(30))

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -57,9 +58,10 @@ COMMANDS = [
 ]
 
 
-def run(command: list[str], **kwargs: str) -> str:
+@cache
+def run(*command: str) -> str:
     """What a command prints, once it has ended well."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -75,7 +77,7 @@ def test_snippets_of_a_section_run_in_order_as_one_program(section: str, tmp_pat
             lines[block.line - 1 : block.line - 1 + len(part)] = part
     program = tmp_path / "README.py"
     program.write_text("\n".join(lines), encoding="utf-8")
-    printed = run([sys.executable, str(program)])
+    printed = run(sys.executable, str(program))
     if section == "Launching":
         slopes = re.findall(r"slope (\S+), on 2 ranks", printed)
         assert len(slopes) == 1
@@ -106,7 +108,7 @@ def test_scripts_that_commands_name_exist() -> None:
 
 
 def test_options_of_the_launcher_and_the_examples_exist() -> None:
-    launcher = run([sys.executable, "-m", "lightlite.launch", "--help"])
+    launcher = run(sys.executable, "-m", "lightlite.launch", "--help")
     checked = 0
     for command in COMMANDS:
         if command[:3] == ["python", "-m", "lightlite.launch"]:
@@ -119,7 +121,7 @@ def test_options_of_the_launcher_and_the_examples_exist() -> None:
         for option in (word for word in options if word.startswith("--")):
             assert re.search(rf"{option}\b", launcher), option
         if rest and rest[0].startswith("scripts/"):
-            told = run([sys.executable, str(ROOT / rest[0]), "--help"])
+            told = run(sys.executable, str(ROOT / rest[0]), "--help")
             for option in (word for word in rest if word.startswith("--")):
                 assert re.search(rf"{option}\b", told), f"{rest[0]} {option}"
         checked += 1
@@ -130,7 +132,7 @@ def test_options_of_the_launcher_and_the_examples_exist() -> None:
 def test_commands_that_only_tell_something_run(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     command = next(command for command in COMMANDS if option in command)
-    assert run([sys.executable, *command[1:]]).strip()
+    assert run(sys.executable, *command[1:]).strip()
 
 
 def test_extras_that_are_installed_are_declared() -> None:

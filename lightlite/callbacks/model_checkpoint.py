@@ -486,6 +486,14 @@ class ModelCheckpoint(Checkpoint):
         file = join.join(part for part in parts if part) + self.FILE_EXTENSION
         return os.path.join(self.dirpath, file) if self.dirpath else file
 
+    def find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """The files in this callback's folder that some run has written as its newest state."""
+        folder = self._choose_folder(trainer)
+        name = re.escape(_FIELD.sub("\0", self.CHECKPOINT_NAME_LAST)).replace("\0", ".*")
+        pattern = re.compile(rf"{name}({self.CHECKPOINT_JOIN_CHAR}v\d+)?{re.escape(self.FILE_EXTENSION)}")
+        found = {os.path.join(folder, file) for file in files.names_in(folder) if pattern.fullmatch(file)}
+        return found | ({self.last_model_path} if files.exists(self.last_model_path) else set())
+
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Whether rank zero sees that file; the same answer on every rank."""
         return bool(trainer.strategy.broadcast(files.exists(filepath)))

@@ -7,6 +7,8 @@ device.
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
 import threading
 import time
@@ -228,7 +230,7 @@ class TQDMProgressBar(ProgressBar):
             total=total,
             position=position + self._process_position,
             leave=leave,
-            dynamic_ncols=True,
+            **_size(),
             file=sys.stdout,
             smoothing=0.1,
             mininterval=0,
@@ -513,6 +515,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
     return str(value)
+
+
+def _size() -> dict[str, Any]:
+    """tqdm follows the terminal's size, and draws nothing in one that does not know its size."""
+    try:
+        known = os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    except (OSError, ValueError):
+        known = True
+    columns, rows = shutil.get_terminal_size()
+    return {"dynamic_ncols": True} if known else {"ncols": columns, "nrows": rows}
 
 
 def _in_notebook() -> bool:

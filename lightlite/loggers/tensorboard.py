@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -159,7 +160,10 @@ class TensorBoardLogger(VersionedLogger):
         device = next((parameter.device for parameter in model.parameters()), None)
         if isinstance(example, Tensor) and device is not None:
             example = example.to(device)
-        self.experiment.add_graph(model, example)
+        with warnings.catch_warnings():
+            # PyTorch's writer traces by torch.jit, which PyTorch has deprecated.
+            warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+            self.experiment.add_graph(model, example)
 
     @rank_zero_only
     def save(self) -> None:

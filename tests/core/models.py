@@ -13,6 +13,8 @@ import lightlite as pl
 from lightlite.loggers import Logger
 
 FEATURES = 4
+TRAINING_ALONE = "ignore:.*has a validation_step, but there is no val loader"
+"""The warning that a test of training alone may get, as a filter."""
 
 
 def quiet_trainer(folder: Path, **overrides: Any) -> pl.Trainer:

@@ -13,7 +13,9 @@ import lightlite as pl
 from lightlite.callbacks import EarlyStopping, ModelCheckpoint
 from lightlite.errors import CheckpointNotFoundError, CorruptCheckpointError, MisconfigurationException
 
-from .models import Net, assert_same_bits, quiet_trainer, regression_loader, weights
+from .models import TRAINING_ALONE, Net, assert_same_bits, quiet_trainer, regression_loader, weights
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 REFUSED = (MisconfigurationException, TypeError, ValueError)
 
@@ -145,7 +147,7 @@ def test_predicting_needs_predict_step_or_forward(tmp_path: Path) -> None:
 def test_what_is_no_lightning_module_is_refused_by_type(tmp_path: Path, entry_point: str, module: Any) -> None:
     with pytest.raises(TypeError, match="LightningModule") as caught:
         getattr(quiet_trainer(tmp_path), entry_point)(module, regression_loader(1))
-    assert_mentions(caught.value, module.__name__ if isinstance(module, type) else type(module).__name__)
+    assert_mentions(caught.value, type(module).__name__)
 
 
 @pytest.mark.parametrize("entry_point", ["fit", "validate", "test", "predict"])
@@ -167,12 +169,12 @@ def test_a_loader_that_is_no_iterable_is_refused_by_type(tmp_path: Path, entry_p
 
 
 def test_loaders_and_a_datamodule_together_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="datamodule"):
+    with pytest.raises(MisconfigurationException, match=r"data ?module"):
         quiet_trainer(tmp_path).fit(Net(), regression_loader(1), datamodule=pl.LightningDataModule())
 
 
 def test_what_is_no_datamodule_is_refused_by_type(tmp_path: Path) -> None:
-    with pytest.raises((TypeError, MisconfigurationException, AttributeError), match=r"(?i)datamodule") as caught:
+    with pytest.raises((TypeError, MisconfigurationException, AttributeError), match=r"(?i)data ?module") as caught:
         quiet_trainer(tmp_path).fit(Net(), datamodule="data")
     assert_mentions(caught.value, "str")
 
@@ -285,7 +287,7 @@ def test_early_stopping_on_a_value_that_nobody_logs_lists_what_is_logged(tmp_pat
     trainer = quiet_trainer(tmp_path, callbacks=[EarlyStopping("vall_loss")])
     with pytest.raises((RuntimeError, MisconfigurationException), match="vall_loss") as caught:
         trainer.fit(Logs(), regression_loader(1), regression_loader(1))
-    assert_mentions(caught.value, "'val_loss'" if "'val_loss'" in str(caught.value) else "`val_loss`")
+    assert_mentions(caught.value, "val_loss")
 
 
 def test_checkpointing_on_a_value_that_nobody_logs_lists_what_is_logged(tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_checkpointing_on_a_value_that_nobody_logs_lists_what_is_logged(tmp_path
     trainer = quiet_trainer(tmp_path, callbacks=[callback], enable_checkpointing=True)
     with pytest.raises(MisconfigurationException, match="vall_loss") as caught:
         trainer.fit(Logs(), regression_loader(1), regression_loader(1))
-    assert_mentions(caught.value, "'val_loss'")
+    assert_mentions(caught.value, "val_loss")
 
 
 def test_a_mode_that_is_unknown_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lightlite.callbacks import EarlyStopping, ModelCheckpoint
 
 from .models import (
     FEATURES,
+    TRAINING_ALONE,
     LearningRates,
     ListLogger,
     Net,
@@ -25,6 +26,8 @@ from .models import (
     regression_loader,
     weights,
 )
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE, "ignore:.*holds the state of callbacks")
 
 EPOCHS = 4
 BATCHES = 5
@@ -200,6 +203,12 @@ def test_callbacks_states_come_back(tmp_path: Path) -> None:
     assert stop[1].wait_count == stop[0].wait_count
     assert keep[1].best_model_path == keep[0].best_model_path
     assert keep[1].best_model_score == keep[0].best_model_score
+
+
+def test_the_state_of_a_callback_that_is_not_there_is_not_lost_silently(tmp_path: Path) -> None:
+    run(tmp_path, max_epochs=1, callbacks=[every_epoch(tmp_path)])
+    with pytest.warns(UserWarning, match="ModelCheckpoint"):
+        run(tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2, enable_checkpointing=False)
 
 
 def test_hooks_add_to_a_checkpoint_and_take_from_it(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlate
 import lightlite as pl
 from lightlite.errors import MisconfigurationException
 
-from .models import LearningRates, Net, quiet_trainer, regression_loader
+from .models import TRAINING_ALONE, LearningRates, Net, quiet_trainer, regression_loader
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 
 class Configured(Net):
@@ -62,7 +64,6 @@ def test_forms_without_a_scheduler(tmp_path: Path, configure: Any) -> None:
     [
         lambda module, optimizer: ([optimizer], [halving(optimizer)]),
         lambda module, optimizer: [[optimizer], [halving(optimizer)]],
-        lambda module, optimizer: ([optimizer], halving(optimizer)),
         lambda module, optimizer: ([optimizer], [{"scheduler": halving(optimizer)}]),
         lambda module, optimizer: {"optimizer": optimizer, "lr_scheduler": halving(optimizer)},
         lambda module, optimizer: {"optimizer": optimizer, "lr_scheduler": {"scheduler": halving(optimizer)}},
@@ -310,6 +311,8 @@ def test_a_tuple_of_dictionaries_serves_manual_optimization(tmp_path: Path) -> N
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
             first, second = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            first.step()
             schedulers = self.lr_schedulers()
             schedulers[0].step()
             seen.append((first.param_groups[0]["lr"], second.param_groups[0]["lr"]))

@@ -13,7 +13,18 @@ from torch.utils.data import DataLoader
 import lightlite as pl
 from lightlite.callbacks import ModelCheckpoint
 
-from .models import CountingNet, ManyLoadersNet, Net, NumberData, quiet_trainer, regression_data, regression_loader
+from .models import (
+    TRAINING_ALONE,
+    CountingNet,
+    ManyLoadersNet,
+    Net,
+    NumberData,
+    quiet_trainer,
+    regression_data,
+    regression_loader,
+)
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 
 class ModeNet(Net):

@@ -14,7 +14,9 @@ import torch
 import lightlite as pl
 from lightlite.callbacks import ModelCheckpoint
 
-from .models import ManyLoadersNet, Net, quiet_trainer, regression_loader
+from .models import TRAINING_ALONE, ManyLoadersNet, Net, quiet_trainer, regression_loader
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 STAGES = ("fit", "validate", "test", "predict")
 PHASES = ("train", "validation", "test", "predict")

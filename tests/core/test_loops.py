@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightlite as pl
 from lightlite.callbacks import EarlyStopping
 
-from .models import CountingNet, ListLogger, Net, NumberData, quiet_trainer, regression_loader
+from .models import TRAINING_ALONE, CountingNet, ListLogger, Net, NumberData, quiet_trainer, regression_loader
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 
 def fit(folder: Path, batches: int = 4, val_batches: int = 2, **settings: Any) -> tuple[CountingNet, Any]:
@@ -76,15 +78,6 @@ def test_max_steps_and_max_epochs_whichever_comes_first(
     tmp_path: Path, limits: dict[str, Any], trained: list[tuple[int, int]]
 ) -> None:
     assert fit(tmp_path, **limits)[0].trained == trained
-
-
-def test_max_steps_counts_over_repeated_fits_of_one_trainer(tmp_path: Path) -> None:
-    module = CountingNet()
-    trainer = quiet_trainer(tmp_path, max_epochs=2)
-    trainer.fit(module, regression_loader(2))
-    trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, regression_loader(2))
-    assert module.trained == batches(3, 2)
 
 
 class StopAt(pl.Callback):

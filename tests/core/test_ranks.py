@@ -19,6 +19,7 @@ from lightlite.errors import MetricError
 
 from .models import (
     FEATURES,
+    TRAINING_ALONE,
     ListLogger,
     Net,
     NumberData,
@@ -28,6 +29,8 @@ from .models import (
     regression_loader,
     weights,
 )
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 
 def trainer_of(ranks: int, folder: Path, **settings: Any) -> pl.Trainer:

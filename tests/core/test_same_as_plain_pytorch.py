@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightlite as pl
 
-from .models import FEATURES, assert_same_bits, quiet_trainer, regression_data, weights
+from .models import FEATURES, TRAINING_ALONE, assert_same_bits, quiet_trainer, regression_data, weights
+
+pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
 EPOCHS = 3
 LOSS = nn.functional.mse_loss

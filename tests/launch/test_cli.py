@@ -218,7 +218,7 @@ def test_dry_run_tells_what_would_run_and_runs_nothing(capsys: pytest.CaptureFix
     script = write("script.py", "open('it ran', 'w')")
     assert main([*TWO_ON_CPU, "--dry-run", script, "--lr", "0.1"]) == 0
     text = capsys.readouterr().out
-    assert "2 ranks" in text
+    assert "machines: 1; ranks on this one: 2" in text
     assert "local rank 1: cpu device 1" in text
     assert "script.py --lr 0.1" in text
     assert not Path("it ran").exists()
@@ -334,7 +334,7 @@ def test_a_failed_run_starts_anew_with_a_fresh_store() -> None:
     result = launch(*TWO_ON_CPU, "--max-restarts", "1", write("script.py", script))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rank 0 sum 3.0") == 2
-    assert "failed with exit code 5; starting all ranks anew (1 restarts left)" in result.stderr
+    assert "failed with exit code 5; starting all ranks anew (restarts left: 1)" in result.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

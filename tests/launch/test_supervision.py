@@ -249,7 +249,10 @@ HelperPool(3).run(work, None)
 def test_a_killed_caller_leaves_nothing_and_only_loopback_was_listened_on(tmp_path: Path, where: str) -> None:
     script = tmp_path / "caller.py"
     script.write_text(textwrap.dedent(CALLER))
-    caller = subprocess.Popen([sys.executable, str(script), where], stdout=subprocess.PIPE, text=True)
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    caller = subprocess.Popen([sys.executable, str(script), where], stdout=subprocess.PIPE, text=True, env=environ)
     with caller:
         assert caller.stdout is not None
         assert caller.stdout.readline() == "ready\n"
@@ -265,3 +268,4 @@ def test_a_killed_caller_leaves_nothing_and_only_loopback_was_listened_on(tmp_pa
         caller.kill()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
+    assert list(temporary.iterdir()) == []

@@ -105,7 +105,8 @@ def test_versions_count_on(tmp_path: Path) -> None:
 def test_runs_started_at_once_get_different_versions(tmp_path: Path) -> None:
     code = "from lightlite.loggers import CSVLogger; print(CSVLogger('.').version)"
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
     ]
     assert sorted(run.communicate()[0].strip() for run in runs) == ["0", "1", "2", "3"]
 

@@ -1,7 +1,8 @@
 """A helper process: it waits for work from the process that started it, and ends with that process.
 
 Run as `python -m lightlite.launch.worker SOCKET PARENT FOLDER`, with the descriptor of a connected socket, the
-process id of the parent and the folder in which its multiprocessing keeps sockets. It never imports the parent's main module: what it needs of that comes with the work.
+process id of the parent, and the folder in which its multiprocessing keeps sockets. It never imports the parent's
+main module: what it needs of that comes with the work.
 """
 
 from __future__ import annotations

@@ -416,8 +416,6 @@ class Trainer:
                 found |= callback.find_last_checkpoints(self)
         return max(found, key=storage.modified) if found else None
 
-    # ------------------------------------------------------------------ called by the loops
-
     def begin(self, module: LightningModule, source: DataSource) -> None:
         """A call begins on this rank."""
         self.lightning_module, self._source = module, source
@@ -555,8 +553,6 @@ class Trainer:
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.strategy.clip_gradients(parameters, value, algorithm)
-
-    # ------------------------------------------------------------------ for users and callbacks
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None

@@ -180,7 +180,7 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle on the folder, the same on every rank."""
-        dirpath = trainer.strategy.broadcast(self._choose_folder(trainer) if trainer.is_global_zero else None)
+        dirpath = trainer.strategy.broadcast(self._choose_folder(trainer) if trainer.is_global_zero else "")
         if self.save_last == "link" and files.is_remote(dirpath):
             raise MisconfigurationException(
                 f"ModelCheckpoint(save_last='link') makes a symbolic link, which {dirpath!r} cannot hold; "

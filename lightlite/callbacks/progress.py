@@ -143,7 +143,6 @@ class TQDMProgressBar(ProgressBar):
         self._enabled = True
         self._plain = False
         self._bars: dict[str, Any] = {}
-        self._next_draw = _NEVER
         self._next_line = 0.0
         self._fit = _Stretch("", ())
         self._evaluation = _Stretch("", ())
@@ -171,7 +170,6 @@ class TQDMProgressBar(ProgressBar):
     def disable(self) -> None:
         """Show nothing from now on."""
         self._enabled = False
-        self._next_draw = _NEVER
         self._close()
 
     def enable(self) -> None:
@@ -255,30 +253,35 @@ class TQDMProgressBar(ProgressBar):
         """Show the bar of the fit."""
         self._fit = _Stretch("", ())
         self._next_line = 0.0
-        if self.is_enabled and not self._plain:
-            self._bars["train"] = self.init_train_tqdm()
+        self._show_train_bar()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin an epoch."""
+        before = self._fit
         self._line_of_epoch(trainer, pl_module)
+        if self._leave and "train" in self._bars and before.done:
+            self._draw_fit(trainer, pl_module)
+            self._bars.pop("train").close()
+        self._show_train_bar()
         self._fit = _Stretch(self.train_description, (self.total_train_batches,))
-        if self._leave and "train" in self._bars and self._bars["train"].n:
-            self._close("train")
+        self._fit.due = min(before.due, self._later())
+
+    def _show_train_bar(self) -> None:
+        if self.is_enabled and not self._plain and "train" not in self._bars:
             self._bars["train"] = self.init_train_tqdm()
-        self._wait()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Any, batch_idx: int
     ) -> None:
         """Draw, if it is time."""
         self._fit.done = batch_idx + 1
-        if time.monotonic() >= self._next_draw and (batch_idx + 1) % self._refresh_rate == 0:
+        if time.monotonic() >= self._fit.due and (batch_idx + 1) % self._refresh_rate == 0:
             self._draw_fit(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole epoch, if it is time."""
         self._fit.end()
-        if not self._plain and time.monotonic() >= self._next_draw:
+        if not self._plain and time.monotonic() >= self._fit.due:
             self._draw_fit(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -302,7 +305,7 @@ class TQDMProgressBar(ProgressBar):
             bar = self._bars["train"]
             bar.set_postfix_str(metrics, refresh=False)
             self._fit.draw(bar)
-        self._wait()
+        self._fit.due = self._later()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the sanity check's bar."""
@@ -336,7 +339,6 @@ class TQDMProgressBar(ProgressBar):
         elif not trainer.sanity_checking:
             self._close("val")
             self._fit.pause(self._evaluation.seconds, self._bars.get("train"))
-            self._wait()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a test."""
@@ -380,12 +382,12 @@ class TQDMProgressBar(ProgressBar):
 
     def _begin(self, description: str, batches: Any) -> None:
         self._evaluation = _Stretch(description, _counts(batches))
-        self._wait()
+        self._evaluation.due = self._later()
 
     def _tick(self, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         self._evaluation.done = batch_idx + 1
         self._evaluation.loader = dataloader_idx
-        if time.monotonic() >= self._next_draw and (batch_idx + 1) % self._refresh_rate == 0:
+        if time.monotonic() >= self._evaluation.due and (batch_idx + 1) % self._refresh_rate == 0:
             self._draw_evaluation(stage)
 
     def _draw_evaluation(self, stage: str) -> None:
@@ -401,7 +403,7 @@ class TQDMProgressBar(ProgressBar):
                 self._bars[stage] = self.init_sanity_tqdm() if self.trainer.sanity_checking else make[stage]()
             if stage in self._bars:
                 self._evaluation.draw(self._bars[stage])
-        self._wait()
+        self._evaluation.due = self._later()
 
     def _finish(self, stage: str) -> None:
         self._evaluation.end()
@@ -410,10 +412,10 @@ class TQDMProgressBar(ProgressBar):
             self._draw_evaluation(stage)
         self._close(stage)
 
-    def _wait(self) -> None:
-        """Draw no sooner than after the usual time."""
+    def _later(self) -> float:
+        """When to draw next, after a draw now."""
         pause = SECONDS_BETWEEN_LINES if self._plain else SECONDS_BETWEEN_DRAWS
-        self._next_draw = time.monotonic() + pause if self.is_enabled else _NEVER
+        return time.monotonic() + pause if self.is_enabled else _NEVER
 
     def _write_line(self, stretch: _Stretch, metrics: str) -> None:
         sys.stdout.write(f"{stretch.line()}{', ' if metrics else ''}{metrics}\n")
@@ -422,7 +424,8 @@ class TQDMProgressBar(ProgressBar):
 
     def _close(self, *stages: str) -> None:
         """Close these stages' bars, or all of them."""
-        self._next_draw = _NEVER
+        if not stages:
+            self._fit.due = self._evaluation.due = _NEVER
         for stage in stages or tuple(self._bars):
             bar = self._bars.pop(stage, None)
             if bar is not None:
@@ -448,6 +451,7 @@ class _Stretch:
         totals: Batches of each loader; infinite where nobody knows.
         done: Batches of the present loader that are over.
         loader: The present loader.
+        due: When to draw it, by `time.monotonic()`.
     """
 
     def __init__(self, description: str, totals: Sequence[int | float]) -> None:
@@ -455,6 +459,7 @@ class _Stretch:
         self.totals = totals
         self.done = 0
         self.loader = 0
+        self.due = _NEVER
         self._began = time.time()
         self._ended: float | None = None
 
@@ -489,8 +494,8 @@ class _Stretch:
     def draw(self, bar: Any) -> None:
         """Draw it, as a stretch of its own from when it began."""
         if not bar.desc.startswith(f"{self.description}: ") or bar.n > self.batches:
-            bar.reset(total=self.total)
             bar.set_description(self.description, refresh=False)
+            bar.reset(total=self.total)
         if not bar.n:
             bar.start_t = bar.last_print_t = self._began
         bar.update(self.batches - bar.n)
@@ -518,7 +523,7 @@ def _shown(value: Any) -> str:
 
 
 def _size() -> dict[str, Any]:
-    """tqdm follows the terminal's size, and draws nothing in one that does not know its size."""
+    """Let tqdm follow the terminal's size; it draws nothing in one that does not know its size."""
     try:
         known = os.get_terminal_size(sys.stdout.fileno()).columns > 0
     except (OSError, ValueError):

@@ -102,6 +102,7 @@ class FitLoop:
         self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
+        self._known_length: float = math.inf
         self._loader: RankLoader | None = None
         self._loaded_in_epoch = 0
         self._validation: EvaluationLoop | None = None
@@ -110,8 +111,6 @@ class FitLoop:
         self._val_every: float = math.inf
         self._last_validation = time.monotonic()
         self._order: Any = None
-
-    # ------------------------------------------------------------------ before the first batch
 
     def check_sanity(self) -> None:
         """Run a few validation batches, leaving no trace but the errors they reveal."""
@@ -158,8 +157,8 @@ class FitLoop:
         self._loader = trainer.load_training()
         self._loaded_in_epoch = self.progress.epoch
         count = limit_of(trainer.limit_train_batches, self._loader.length, "limit_train_batches")
-        self.length = math.inf if count is None else self._least_over_ranks(count)
-        trainer.num_training_batches = self.length
+        self._known_length = math.inf if count is None else self._least_over_ranks(count)
+        self.length = trainer.num_training_batches = self._known_length
         self._set_validation_interval()
         if trainer.loggers and self.length < trainer.log_every_n_steps and not trainer.fast_dev_run:
             rank_zero_warn(
@@ -194,8 +193,6 @@ class FitLoop:
             self._val_every = math.inf
         else:
             self._val_every = max(1, int(self.length * given))
-
-    # ------------------------------------------------------------------ epochs
 
     def done(self) -> bool:
         """Whether nothing is left to train."""
@@ -312,8 +309,7 @@ class FitLoop:
         progress.batches_that_stepped += 1
         self.results.reset()
         progress.end_epoch()
-        if self._loader is not None and self._loader.length is None:
-            self.length = math.inf
+        self.length = self._known_length
 
     def _epoch_end_hooks(self) -> None:
         hooks = self.trainer.hooks
@@ -330,8 +326,6 @@ class FitLoop:
         """Close the fit."""
         self.trainer.hooks.call("on_train_end")
         self.recorder.active = None
-
-    # ------------------------------------------------------------------ after a batch
 
     def finish_batch(self, batch_idx: int) -> bool:
         """Log, validate if that is due, and see whether to go on.
@@ -399,8 +393,6 @@ class FitLoop:
             self._validation_loaded_in_epoch = self.progress.epoch
         self._validation.stage = stage
         return self._validation
-
-    # ------------------------------------------------------------------ schedulers
 
     def step_schedulers(self, last: bool) -> None:
         """Step the schedulers that watch no value: by step, and by epoch after its last batch."""

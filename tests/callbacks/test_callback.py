@@ -86,7 +86,7 @@ def test_given_functions_are_called_at_their_hooks() -> None:
 
 
 def test_a_function_for_no_hook_is_refused_with_the_hooks_there_are() -> None:
-    with pytest.raises(MisconfigurationException, match="on_epoch_end=.*on_train_epoch_end"):
+    with pytest.raises(MisconfigurationException, match=r"on_epoch_end=.*on_train_epoch_end"):
         LambdaCallback(on_epoch_end=print)
 
 

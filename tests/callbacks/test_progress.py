@@ -32,16 +32,16 @@ class Slow(Net):
     def validation_step(self, batch, batch_idx):
         time.sleep(0.02)
 
-run = trainer(TQDMProgressBar(**{options}), max_epochs=2, enable_progress_bar=True)
-run.fit(Slow(), loader(20), loader(15))
+run = trainer(TQDMProgressBar(**{options}), max_epochs={epochs}, enable_progress_bar=True)
+run.fit(Slow(), loader({batches}), loader({batches} * 3 // 4))
 run.progress_bar_callback.print("between")
 run.test(Slow(), loader(4), verbose=False)
 """
 
 
-def in_a_terminal(**options: Any) -> str:
+def in_a_terminal(epochs: int = 2, batches: int = 20, **options: Any) -> str:
     """What a program with a bar writes to a terminal of 80 columns."""
-    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), options=options)
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), options=options, epochs=epochs, batches=batches)
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stdin=theirs, env=environment)
@@ -93,6 +93,13 @@ def test_it_is_drawn_by_the_clock() -> None:
     assert 2 <= written.count("Validation:") <= 14
 
 
+def test_epochs_too_quick_to_draw_each_are_drawn_now_and_then() -> None:
+    written = in_a_terminal(epochs=40, batches=1)
+    drawn = {int(epoch) for epoch in re.findall(r"Epoch (\d+)/39:", written)}
+    assert max(drawn) == 39
+    assert 5 <= len(drawn) <= 38
+
+
 def test_each_epochs_bar_stays_where_asked_for() -> None:
     stays = "\n".join(on_screen(in_a_terminal(leave=True)))
     assert "Epoch 0/1: 100%" in stays
@@ -137,7 +144,7 @@ def test_values_are_read_only_to_be_drawn() -> None:
 def test_a_batch_costs_next_to_nothing() -> None:
     bar = TQDMProgressBar()
     run = fit(bar, enable_progress_bar=True, max_epochs=1)
-    bar._next_draw = time.monotonic() + 1000
+    bar._fit.due = time.monotonic() + 1000
     batches = 20_000
     least = min(_seconds(bar, run, batches) for _ in range(5))
     assert least / batches < 5e-6

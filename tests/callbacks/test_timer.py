@@ -61,5 +61,5 @@ def test_a_duration_is_given_in_several_forms(duration: Any, seconds: float) -> 
 
 @pytest.mark.parametrize("arguments", [{"duration": "1:2:3"}, {"duration": 5}, {"interval": "batch"}])
 def test_another_form_is_refused_with_the_right_ones(arguments: dict[str, Any]) -> None:
-    with pytest.raises(MisconfigurationException, match="DD:HH:MM:SS|'step' or 'epoch'"):
+    with pytest.raises(MisconfigurationException, match=r"DD:HH:MM:SS|'step' or 'epoch'"):
         Timer(**arguments)

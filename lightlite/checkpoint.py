@@ -53,6 +53,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["lightlite"] = {
             "progress": trainer.progress.state_dict(),
             "random": distributed.gather_objects(_random_states(trainer)),
+            "window": distributed.gather_objects(trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}),
             "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         }
     if module.hparams:
@@ -252,6 +253,7 @@ class Restorer:
             trainer.progress.load_state_dict(own["progress"])
             trainer.recorder.remember(own["metrics"])
             self._restore_random(own["random"])
+            self._restore_window(own["window"])
         self._checkpoint = None
 
     def _restore_optimizers(self, checkpoint: dict[str, Any]) -> None:
@@ -270,6 +272,16 @@ class Restorer:
             config.scheduler.load_state_dict(state)
         precision = trainer.precision_plugin
         precision.load_state_dict(checkpoint.get(type(precision).__qualname__, {}))
+
+    def _restore_window(self, windows: list[dict[str, Any]]) -> None:
+        """Gradients of an open accumulation window; with another number of ranks, their mean."""
+        trainer = self._trainer
+        if len(windows) == trainer.world_size or not windows[0]:
+            trainer.resumed_window = windows[trainer.global_rank] if len(windows) > trainer.global_rank else {}
+            return
+        names = windows[0]["gradients"]
+        mean = {name: sum(window["gradients"][name] for window in windows) / len(windows) for name in names}
+        trainer.resumed_window = {**windows[0], "gradients": mean}
 
     def _restore_random(self, states: list[dict[str, Any]]) -> None:
         """Each rank's own state; with another number of ranks, what they have in common: the order of the data."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Accelerator, ClusterEnvironment, Precision, Strategy
 from lightlite.registry import AcceleratorRegistry, EnvironmentRegistry, PrecisionRegistry, Registry, StrategyRegistry
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+I = TypeVar("I")
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 LEFT_OUT = {
@@ -63,6 +65,11 @@ def choose_hardware(
         MisconfigurationException: For anything unknown, unavailable or contradictory, saying what would have worked.
     """
     extras = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    for extra in extras:
+        if not isinstance(extra, (Precision, ClusterEnvironment)):
+            raise MisconfigurationException(
+                f"plugins holds {extra!r} ({type(extra).__name__}); give instances of Precision or ClusterEnvironment"
+            )
     if accelerator == "ddp":
         accelerator, strategy = "auto", "ddp" if strategy == "auto" else strategy
     chosen = _accelerator(accelerator)
@@ -331,14 +338,43 @@ def check_clipping(value: Any, algorithm: Any) -> None:
         raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r}; allowed are 'norm' and 'value'")
 
 
-def check_positive(value: Any, name: str) -> None:
-    """An int of at least one.
+def check_count(value: Any, name: str, least: int) -> None:
+    """An int of at least `least`.
 
     Raises:
         MisconfigurationException: For anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MisconfigurationException(f"{name}={value!r}; give an int >= 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise MisconfigurationException(f"{name}={value!r}; give an int >= {least}")
+
+
+def check_profiler(profiler: Any) -> None:
+    """The argument `profiler`.
+
+    Raises:
+        MisconfigurationException: For anything but None.
+    """
+    if profiler is not None:
+        raise MisconfigurationException(
+            f"profiler={profiler!r}: lightlite has no profilers yet; leave it out, and run trainer.fit under torch.profiler.profile "
+            "or `py-spy record`"
+        )
+
+
+def as_instances(given: Any, kind: type[I], name: str, more: str = "") -> list[I]:
+    """A list of `kind` from one or several.
+
+    Raises:
+        MisconfigurationException: For anything that is none.
+    """
+    instances = [given] if isinstance(given, kind) else list(given) if isinstance(given, (list, tuple, set)) else None
+    wrong = given if instances is None else next((i for i in instances if not isinstance(i, kind)), None)
+    if instances is None or wrong is not None:
+        raise MisconfigurationException(
+            f"{name}={given!r} holds {wrong!r} ({type(wrong).__name__}); give an instance of lightlite's {kind.__name__}, a list of "
+            f"them, {more or 'or None'}"
+        )
+    return instances
 
 
 def check_barebones(

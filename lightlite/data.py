@@ -248,10 +248,7 @@ class RankLoader:
 
     def _generators(self) -> list[Any]:
         """The random generators that the loader and its samplers own, each once."""
-        loader = self.source
-        batches = getattr(loader, "batch_sampler", None)
-        holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-        found = [getattr(holder, "generator", None) for holder in holders]
+        found = [getattr(holder, "generator", None) for holder in self._holders()]
         return list({id(generator): generator for generator in found if hasattr(generator, "get_state")}.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,11 +262,16 @@ class RankLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell samplers that shuffle by epoch which one it is."""
+        for holder in self._holders():
+            if callable(getattr(holder, "set_epoch", None)):
+                holder.set_epoch(epoch)
+
+    def _holders(self) -> list[Any]:
+        """The loader and its samplers, each once."""
         loader = self.source
-        for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-            for holder in (sampler, getattr(sampler, "sampler", None)):
-                if callable(getattr(holder, "set_epoch", None)):
-                    holder.set_epoch(epoch)
+        batches = getattr(loader, "batch_sampler", None)
+        holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        return list({id(holder): holder for holder in holders}.values())
 
 
 def with_sampler(loader: Any, sampler: Any, unbatched: bool) -> Any:

@@ -251,10 +251,10 @@ class HookTable:
     def _named(self, name: str, function: Hook) -> Hook:
         recorder = self._recorder
 
-        def hook(*args: Any) -> Any:
+        def hook(*args: Any, **kwargs: Any) -> Any:
             outer, recorder.hook = recorder.hook, name
             try:
-                return function(*args)
+                return function(*args, **kwargs)
             finally:
                 recorder.hook = outer
 

@@ -94,7 +94,7 @@ class FitProgress:
         scheduler_steps: Learning-rate updates.
         pending: Whether something after the last completed batch is left to do: logging, validation.
         validated: Whether the validation that falls due after the last completed batch has been run.
-        last_batch: Whether the last completed batch was the last one of its epoch.
+        last_batch: Whether the batch last begun was the last one of its epoch.
     """
 
     epoch: int = 0
@@ -114,11 +114,11 @@ class FitProgress:
         self.epoch_open, self.epoch_done, self.batches_in_epoch = True, False, 0
         self.pending = self.validated = self.last_batch = False
 
-    def count_batch(self, last: bool) -> None:
+    def count_batch(self) -> None:
         """A batch has been trained on."""
         self.batches_in_epoch += 1
         self.batches_total += 1
-        self.last_batch, self.pending, self.validated = last, True, False
+        self.pending, self.validated = True, False
 
     def end_epoch(self) -> None:
         """The epoch is over."""

@@ -53,6 +53,12 @@ class Place(NamedTuple):
     hook: str | None
     name: str
     dataloader_idx: int | None
+    suffixed: bool
+
+    @property
+    def suffix(self) -> str:
+        """What is added to names where there are several loaders."""
+        return f"/dataloader_idx_{self.dataloader_idx}" if self.suffixed and self.dataloader_idx is not None else ""
 
 
 class Share(NamedTuple):
@@ -81,7 +87,7 @@ class Entry:
     rank_zero_only: bool
 
     def __post_init__(self) -> None:
-        suffix = "" if self.place.dataloader_idx is None else f"/dataloader_idx_{self.place.dataloader_idx}"
+        suffix = self.place.suffix
         forked = self.on_step and self.on_epoch
         self.key = self.place.name + suffix
         self.step_key = f"{self.place.name}_step{suffix}" if forked else self.key
@@ -260,7 +266,7 @@ class Recorder:
                 "validation_step, test_step or a hook of their loops"
             )
         given = (prog_bar, logger, on_step, on_epoch, reduce_fx, rank_zero_only)
-        place = Place(self.hook, name, self.dataloader_idx if add_dataloader_idx else None)
+        place = Place(self.hook, name, self.dataloader_idx, add_dataloader_idx)
         entry = results.entries.get(place)
         if entry is None:
             entry = results.entries[place] = make_entry(place, given)
@@ -285,7 +291,7 @@ class Recorder:
 
     def _size_of_batch(self, name: str) -> int:
         if self._batch_size is None:
-            self._batch_size = next(_sizes(self._batch), None)
+            self._batch_size = next(_sizes(self._batch, Tensor), next(_sizes(self._batch, str), None))
             if self._batch_size is None:
                 raise MisconfigurationException(
                     f"self.log({name!r}, …) cannot tell the batch size from a batch of type "
@@ -398,9 +404,8 @@ class Recorder:
         return next((path for path, module in modules if module is entry.metric), "")
 
     def _publish_epoch(self, place: Place, share: Share, value: float) -> None:
-        suffix = "" if place.dataloader_idx is None else f"/dataloader_idx_{place.dataloader_idx}"
         tensor = torch.tensor(value)
-        self._callback[place.name + suffix] = self._callback[share.key] = tensor
+        self._callback[place.name + place.suffix] = self._callback[share.key] = tensor
         if share.prog_bar:
             self._progress_bar[share.key] = value
 
@@ -427,7 +432,7 @@ def make_entry(place: Place, given: tuple[Any, ...]) -> Entry:
             reduction that is none.
     """
     prog_bar, logger, on_step, on_epoch, reduce_fx, rank_zero_only = given
-    hook, name, _ = place
+    hook, name = place.hook, place.name
     if not isinstance(name, str):
         raise MisconfigurationException(f"self.log was given the name {name!r}; give a string")
     if "/dataloader_idx_" in name:
@@ -446,6 +451,8 @@ def make_entry(place: Place, given: tuple[Any, ...]) -> Entry:
         )
     on_step = hook in STEP_HOOKS if on_step is None else on_step
     on_epoch = hook not in STEP_HOOKS if on_epoch is None else on_epoch
+    if not on_step and not on_epoch:
+        raise MisconfigurationException(f"self.log({name!r}, on_step=False, on_epoch=False) asks for nothing; set one of them")
     reduce = getattr(reduce_fx, "__name__", reduce_fx)
     reduce = {"avg": "mean", "amin": "min", "amax": "max"}.get(reduce, reduce)
     if reduce not in REDUCTIONS:
@@ -491,18 +498,19 @@ def _unusual(entry: Entry, value: Any) -> Any:
     )
 
 
-def _sizes(batch: Any) -> Iterator[int]:
-    """Lengths of the tensors and strings in a batch, in order."""
+def _sizes(batch: Any, kind: type) -> Iterator[int]:
+    """Lengths of the tensors in a batch, in order; or, with `str`, of the lists of strings."""
     if isinstance(batch, Tensor):
-        yield batch.shape[0] if batch.dim() else 1
-    elif isinstance(batch, str):
-        yield len(batch)
+        if kind is Tensor:
+            yield batch.shape[0] if batch.dim() else 1
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _sizes(value)
+            yield from _sizes(value, kind)
     elif isinstance(batch, (list, tuple)):
+        if batch and kind is str and all(isinstance(value, (str, bytes, int, float)) for value in batch):
+            yield len(batch)
         for value in batch:
-            yield from _sizes(value)
+            yield from _sizes(value, kind)
     elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
-            yield from _sizes(getattr(batch, field.name))
+            yield from _sizes(getattr(batch, field.name), kind)

@@ -45,6 +45,7 @@ SESSION = (
     "training_step",
     "wrapped_optimizers",
     "lr_scheduler_configs",
+    "fit_loop",
     "predict_loop",
     "lightning_module",
     "_source",
@@ -165,7 +166,9 @@ class Trainer:
         )  # fmt: skip
         self.__dict__.update(vars(self.limits))
         config.check_clipping(gradient_clip_val, gradient_clip_algorithm)
-        config.check_positive(accumulate_grad_batches, "accumulate_grad_batches")
+        config.check_count(accumulate_grad_batches, "accumulate_grad_batches", least=1)
+        config.check_count(reload_dataloaders_every_n_epochs, "reload_dataloaders_every_n_epochs", least=0)
+        config.check_profiler(profiler)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.inference_mode, self.use_distributed_sampler = inference_mode, use_distributed_sampler
@@ -173,7 +176,7 @@ class Trainer:
         self.reload_dataloaders_every_n_epochs = reload_dataloaders_every_n_epochs
         self.enable_autolog_hparams = enable_autolog_hparams
         self._root = os.path.abspath(os.fspath(default_root_dir)) if default_root_dir is not None else os.getcwd()
-        self._max_time = max_time
+        self._max_time = None if max_time is None else config.duration(max_time, "max_time")
         config.set_algorithms(deterministic, benchmark)
         self.hardware = config.choose_hardware(accelerator, strategy, devices, num_nodes, precision, plugins)
         self._begin_state()
@@ -201,6 +204,7 @@ class Trainer:
         self.num_test_batches: list[int | float] = []
         self.num_predict_batches: list[int | float] = []
         self.epoch_random_state: dict[str, Any] | None = None
+        self.resumed_window: dict[str, Any] = {}
         self.resumed_random_states: dict[str, Any] | None = None
         for name in SESSION:
             setattr(self, name, None)
@@ -222,23 +226,12 @@ class Trainer:
             return []
         if given is None or given is True:
             return [default_logger(self._root)]
-        loggers = [given] if isinstance(given, Logger) else list(given)
-        wrong = [logger for logger in loggers if not isinstance(logger, Logger)]
-        if wrong:
-            raise MisconfigurationException(
-                f"logger={wrong[0]!r} ({type(wrong[0]).__name__}); give a lightlite.loggers.Logger, a list of them, True or False"
-            )
-        return loggers
+        return config.as_instances(given, Logger, "logger", "or True or False")
 
     def _callbacks(
         self, given: Any, checkpointing: bool | None, bar: bool | None, summary: bool | None
     ) -> list[Callback]:
-        callbacks = [] if given is None else [given] if isinstance(given, Callback) else list(given)
-        for callback in callbacks:
-            if not isinstance(callback, Callback):
-                raise MisconfigurationException(
-                    f"callbacks holds {callback!r} ({type(callback).__name__}); give instances of lightlite.Callback"
-                )
+        callbacks = [] if given is None else config.as_instances(given, Callback, "callbacks")
         has = functools.partial(_has, callbacks)
         for flag, kind, name in (
             (checkpointing, Checkpoint, "enable_checkpointing"),
@@ -284,6 +277,8 @@ class Trainer:
             CheckpointError: For a checkpoint that cannot be used.
         """
         module = _unwrapped(model, "fit")
+        _require(module, "training_step", "(self, batch, batch_idx) that returns a loss")
+        _require(module, "configure_optimizers", "(self) that returns an optimizer")
         source = _source("fit", module, datamodule, train=train_dataloaders, val=val_dataloaders)
         self.limits.bound_epochs(self._max_time is not None)
         self.max_epochs = self.limits.max_epochs
@@ -358,6 +353,7 @@ class Trainer:
         self, fn: TrainerFn, model: Any, dataloaders: Any, ckpt_path: Any, verbose: bool, datamodule: Any
     ) -> list[dict[str, float]]:
         module, path, source = self._prepared(fn, model, dataloaders, ckpt_path, datamodule)
+        _require(module, f"{STAGES[fn].hook_prefix}_step", "(self, batch, batch_idx)")
         return self._on_every_rank(run_evaluation)(self, fn, module, source, path, verbose)
 
     def _prepared(
@@ -837,6 +833,11 @@ def _unwrapped(model: Any, fn: str) -> LightningModule:
             "'From PyTorch to lightlite' in the README)"
         )
     return module
+
+
+def _require(module: LightningModule, name: str, signature: str) -> None:
+    if not is_overridden(name, module, LightningModule):
+        raise MisconfigurationException(f"{type(module).__name__} has no {name}; define {name}{signature}")
 
 
 def _source(fn: str, module: LightningModule, datamodule: Any, **loaders: Any) -> DataSource:

@@ -123,6 +123,7 @@ class _BatchLoop:
         starts = hooks.resolve(f"on_{self.word}_batch_start")
         ends = hooks.resolve(f"on_{self.word}_batch_end")
         hook_name = f"{self.word}_step"
+        self._counts = [0] * len(self.loaders)
         for loader_idx, loader in enumerate(self.loaders):
             recorder.dataloader_idx = loader_idx if several else None
             more = (loader_idx,) if several else ()
@@ -141,6 +142,7 @@ class _BatchLoop:
                 for hook in ends:
                     hook(output, batch, batch_idx, *more)
                 sink(batch_idx, loader_idx, output)
+                self._counts[loader_idx] += 1
         recorder.dataloader_idx = None
 
 
@@ -154,13 +156,10 @@ class EvaluationLoop(_BatchLoop):
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, stage: RunningStage) -> None:
-        if not is_overridden(f"{stage.hook_prefix}_step", module, LightningModule):
-            raise MisconfigurationException(
-                f"{type(module).__name__} has no {stage.hook_prefix}_step; define {stage.hook_prefix}_step(self, batch, batch_idx)"
-            )
         super().__init__(trainer, module, stage)
         self._check_signature()
         self._steps: list[tuple[int, int, dict[str, Any]]] = []
+        self._seen = [0] * len(self.loaders)
 
     def run(self, verbose: bool = False, limit: int | None = None) -> list[dict[str, float]]:
         """Score every batch once.
@@ -215,15 +214,16 @@ class EvaluationLoop(_BatchLoop):
 
     def _log_steps(self) -> None:
         """Hand the loggers what was logged on_step, in the order of a single process."""
-        if not any(distributed.gather_objects(bool(self._steps))):
-            return
         plain = [
             (loader_idx, batch_idx, dict(zip(values, numbers(list(values.values())), strict=True)))
             for loader_idx, batch_idx, values in self._steps
         ]
-        everything = [step for of_rank in distributed.gather_objects(plain) for step in of_rank]
-        for _, batch_idx, values in sorted(everything, key=lambda step: step[:2]):
-            self.trainer.log_metrics(values, step=batch_idx)
+        gathered = distributed.gather_objects((plain, self._counts))
+        everything = [step for steps, _ in gathered for step in steps]
+        for loader_idx, batch_idx, values in sorted(everything, key=lambda step: step[:2]):
+            self.trainer.log_metrics(values, step=self._seen[loader_idx] + batch_idx)
+        for loader_idx in range(len(self.loaders)):
+            self._seen[loader_idx] += sum(counts[loader_idx] for _, counts in gathered)
 
 
 class PredictionLoop(_BatchLoop):

@@ -28,7 +28,6 @@ from lightlite import distributed
 from lightlite.data import RankLoader, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
-from lightlite.hooks import is_overridden
 from lightlite.loops.batches import batch_preparer
 from lightlite.loops.evaluate import EvaluationLoop
 from lightlite.loops.session import session
@@ -51,7 +50,7 @@ def run_fit(
 ) -> None:
     """Fit on one rank. See `Trainer.fit`."""
     with session(trainer, ranks, TrainerFn.FITTING, module, source, ckpt_path):
-        fit = FitLoop(trainer, module)
+        fit = trainer.fit_loop = FitLoop(trainer, module)
         fit.check_sanity()
         if not fit.begin():
             return
@@ -65,9 +64,9 @@ def run_fit(
                 begin_batch(batch)
                 if batch_starts and fit.stopped_by(batch_starts, batch, batch_idx):
                     break
-                last = batch_idx + 1 == fit.length
+                progress.last_batch = last = batch_idx + 1 == fit.length
                 output = step(batch, batch_idx, last)
-                progress.count_batch(last)
+                progress.count_batch()
                 if schedulers:
                     fit.step_schedulers(last)
                 for hook in batch_ends:
@@ -89,10 +88,6 @@ class FitLoop:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        if not is_overridden("training_step", module, LightningModule):
-            raise MisconfigurationException(
-                f"{type(module).__name__} has no training_step; define training_step(self, batch, batch_idx) that returns a loss"
-            )
         self.trainer, self.module = trainer, module
         self.progress, self.recorder = trainer.progress, trainer.recorder
         self.results = Results(training=True)
@@ -232,6 +227,8 @@ class FitLoop:
             progress.begin_epoch()
             trainer.hooks.call("on_train_epoch_start")
         self.step.begin_epoch()
+        self.step.load_state_dict(trainer.resumed_window)
+        trainer.resumed_window = {}
         return trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
 
     def batches(self) -> Iterator[tuple[int, Any]]:
@@ -334,11 +331,12 @@ class FitLoop:
             Whether the epoch ends here.
         """
         trainer, progress = self.trainer, self.progress
-        if (progress.batches_that_stepped + 1) % self._log_every == 0 or trainer.should_stop:
+        stepped = self.step.micro_batch == 0
+        if stepped and ((progress.batches_that_stepped + 1) % self._log_every == 0 or trainer.should_stop):
             trainer.log_metrics(self.recorder.step_metrics())
         if self._validates and not progress.validated and self._validation_due(batch_idx):
             self._validate()
-        if self.step.micro_batch == 0:
+        if stepped:
             if self.schedulers:
                 self.step_plateau_schedulers("step")
             progress.batches_that_stepped += 1
@@ -391,6 +389,7 @@ class FitLoop:
         if self._validation is None or stale:
             self._validation = EvaluationLoop(self.trainer, self.module, stage)
             self._validation_loaded_in_epoch = self.progress.epoch
+            self.trainer.note_batches(RunningStage.VALIDATING, self._validation.num_batches)
         self._validation.stage = stage
         return self._validation
 

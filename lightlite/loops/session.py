@@ -20,6 +20,7 @@ from lightlite.hooks import DataHooks, HookTable, is_overridden
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, configure
 from lightlite.progress import TrainerFn, TrainerStatus
+from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def _prepare_data(trainer: Trainer, module: LightningModule, datamodule: Lightni
 
 def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
     optimizers, schedulers = configure(module.configure_optimizers())
+    if not optimizers:
+        rank_zero_warn(f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing is trained")
     if module.automatic_optimization and len(optimizers) > 1:
         raise MisconfigurationException(
             f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers, which automatic optimization "

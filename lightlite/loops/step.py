@@ -67,6 +67,23 @@ class TrainStep:
         """Begin a new accumulation window, of the length that holds for this epoch."""
         self.micro_batch, self._window = 0, self._trainer.accumulate_grad_batches
 
+    def state_dict(self) -> dict[str, Any]:
+        """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
+        if not self.micro_batch:
+            return {}
+        parameters = self._module.named_parameters()
+        gradients = {name: parameter.grad.cpu().clone() for name, parameter in parameters if parameter.grad is not None}
+        return {"micro_batch": self.micro_batch, "gradients": gradients}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned, after `begin_epoch`."""
+        if not state:
+            return
+        self.micro_batch = state["micro_batch"]
+        for name, parameter in self._module.named_parameters():
+            if name in state["gradients"]:
+                parameter.grad = state["gradients"][name].to(parameter.device, parameter.dtype)
+
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Train on a batch.
 
@@ -206,11 +223,19 @@ class ManualStep:
         self._recorder, self._progress = trainer.recorder, trainer.progress
         self._context = trainer.precision_plugin.forward_context()
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
+        _refuse_automatic_settings(trainer)
         for optimizer in trainer.wrapped_optimizers:
             optimizer.before_step = self._count_step
 
     def begin_epoch(self) -> None:
         """Nothing is kept from batch to batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what the user's code keeps is the user's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Run the user's training step; see `TrainStep.__call__`."""
@@ -235,3 +260,17 @@ class ManualStep:
         for hook in self._hooks:
             hook(optimizer)
         self._progress.optimizer_steps += 1
+
+
+def _refuse_automatic_settings(trainer: Trainer) -> None:
+    """What the Trainer cannot do for a module that optimizes by hand."""
+    if trainer.gradient_clip_val:
+        raise MisconfigurationException(
+            f"gradient_clip_val={trainer.gradient_clip_val} has no effect in manual optimization; call "
+            "self.clip_gradients(optimizer, gradient_clip_val=…) in training_step instead"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} has no effect in manual optimization; step the optimizer "
+            "every so many batches in training_step instead"
+        )

@@ -121,9 +121,10 @@ def test_drop_last(tmp_path: Path) -> None:
     assert_same_run(by_trainer(tmp_path, shuffled(drop_last=True)), by_hand(shuffled(drop_last=True)))
 
 
-def test_a_loader_with_its_own_generator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [20, 22])
+def test_a_loader_with_its_own_generator(tmp_path: Path, samples: int) -> None:
     def loader() -> DataLoader[Any]:
-        return shuffled(generator=torch.Generator().manual_seed(3))
+        return shuffled(samples, generator=torch.Generator().manual_seed(3))
 
     assert_same_run(by_trainer(tmp_path, loader()), by_hand(loader()))
 

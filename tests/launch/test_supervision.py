@@ -159,10 +159,11 @@ def test_a_failure_before_the_ranks_have_met_frees_those_who_wait(pool: HelperPo
             raise LookupError("early")
         distributed.join(ranks, "gloo")
 
+    pool.run(hello)
     start = time.monotonic()
     with pytest.raises(LookupError, match="early"):
         pool.run(work)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert pool.run(hello) == 3
 
 
@@ -171,11 +172,9 @@ def test_what_rank_zero_raises_passes_through_untouched(pool: HelperPool, error:
     def act() -> None:
         raise error
 
-    start = time.monotonic()
     raised = fail(pool, act, culprit=0, others=hang)
     assert raised is error
     assert raised.__cause__ is None
-    assert time.monotonic() - start < 10
 
 
 def test_a_stopped_helper_is_ended_too(pool: HelperPool) -> None:

@@ -210,7 +210,7 @@ def rank_environment(
     """Environment variables for the ranks, besides those that elastic sets for each.
 
     Args:
-        accelerator: Registered name; the script's Trainer takes it.
+        accelerator: Registered name; the script takes it where it names none itself.
         devices: Index of each local rank's device.
         single_machine: Whether the ranks talk over the loopback interface.
         route: On several machines, the network interface that leads to the others; None if unknown.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,17 +34,30 @@ class Dealt(Sampler[Any]):
         source: The sampler, or batch sampler, of the user's loader.
         deal: Turns the source's items into this rank's.
         length: Items this rank gets, or None where the source does not know its own number.
+
+    Attributes:
+        skip: Items of this rank to pass over at the beginning of the next pass.
+        kept: Where items are noted as they are drawn, for whoever wants to know a batch's indices; None for nowhere.
     """
 
     def __init__(self, source: Iterable[Any], deal: Callable[[Iterator[Any]], Iterator[Any]], length: int | None) -> None:
         self.source, self._deal, self._length = source, deal, length
         self.skip = 0
+        self.kept: deque[Any] | None = None
         self._last: _Draw | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self._last = _Draw(iter(self.source))
         dealt = self._deal(self._last)
-        return itertools.islice(dealt, self.skip, None) if self.skip else dealt
+        if self.skip:
+            dealt = itertools.islice(dealt, self.skip, None)
+        return dealt if self.kept is None else self._keep(dealt, self.kept)
+
+    @staticmethod
+    def _keep(dealt: Iterator[Any], kept: deque[Any]) -> Iterator[Any]:
+        for item in dealt:
+            kept.append(item)
+            yield item
 
     def __len__(self) -> int:
         if self._length is None:
@@ -210,9 +224,7 @@ class RankLoader:
         """
         loader = self.loader
         if skip and self._dealt is None and _is_map_style(loader):
-            unbatched = loader.batch_sampler is None
-            self._dealt = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length)
-            loader = self.loader = with_sampler(loader, self._dealt, unbatched)
+            loader = self._pass_on()
         if self._dealt is not None:
             self._dealt.skip = skip
         mine = self._start_alike(loader) if self._splits_batches else iter(loader)
@@ -223,6 +235,24 @@ class RankLoader:
             dealt = slices(mine, None, self._drops_last, self._rank, self._world) if self._training else mine
             mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
         return itertools.islice(mine, skip, None) if skip else mine
+
+    def _pass_on(self) -> Any:
+        """A copy of the loader that draws what it would draw anyway, through this file's sampler."""
+        loader = self.source
+        unbatched = loader.batch_sampler is None
+        self._dealt = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length)
+        self.loader = with_sampler(loader, self._dealt, unbatched)
+        return self.loader
+
+    def track(self) -> deque[Any] | None:
+        """Note the indices of each batch from the next pass on; None where the loader has no indices."""
+        if not _is_map_style(self.source):
+            return None
+        if self._dealt is None:
+            self._pass_on()
+        assert self._dealt is not None
+        self._dealt.kept = deque()
+        return self._dealt.kept
 
     @property
     def _drops_last(self) -> bool:

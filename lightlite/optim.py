@@ -51,6 +51,7 @@ class LightningOptimizer:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self._closure_first = evaluates_closure_once(optimizer)
         self.scaler: torch.amp.GradScaler | None = None
         self.before_step: Callable[[Optimizer], None] | None = None
         """Set in manual optimization: hooks and counting, which the training step does otherwise."""
@@ -74,15 +75,19 @@ class LightningOptimizer:
         """Step the optimizer; with a gradient scaler, unless gradients overflowed.
 
         Args:
-            closure: Clears gradients, computes the loss and its gradients, and returns it. Without a scaler the
-                optimizer itself calls it, once or (LBFGS) several times.
+            closure: Clears gradients, computes the loss and its gradients, and returns it. Handed to the optimizer,
+                unless that is known to begin by evaluating it once, as all of torch's do but LBFGS.
             kwargs: Handed to the optimizer.
         """
         if self.before_step is not None:
             self.before_step(self.optimizer)
         if self.scaler is not None:
             return self._scaled_step(closure, **kwargs)
-        return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
+        if closure is None or not self._closure_first:
+            return self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
+        loss = closure()
+        self.optimizer.step(**kwargs)
+        return loss
 
     def _scaled_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         scaler = self.scaler
@@ -107,6 +112,11 @@ class LightningOptimizer:
         """
         with self.toggled(self), nullcontext() if sync_grad else self.no_sync():
             yield
+
+
+def evaluates_closure_once(optimizer: Optimizer) -> bool:
+    """Whether `step(closure)` is the same as `closure()` and then `step()`, which is what a hand-written loop does."""
+    return type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.LBFGS)
 
 
 def configure(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:

@@ -114,12 +114,6 @@ class FitProgress:
         self.epoch_open, self.epoch_done, self.batches_in_epoch = True, False, 0
         self.pending = self.validated = self.last_batch = False
 
-    def count_batch(self) -> None:
-        """A batch has been trained on."""
-        self.batches_in_epoch += 1
-        self.batches_total += 1
-        self.pending, self.validated = True, False
-
     def end_epoch(self) -> None:
         """The epoch is over."""
         self.epoch += 1

@@ -196,7 +196,7 @@ class Results:
 
     def __init__(self, training: bool) -> None:
         self.training = training
-        self.entries: dict[Place, Entry] = {}
+        self.entries: dict[tuple[str | None, str, int | None, bool], Entry] = {}
         self.late: dict[str, float] = {}
         self.epoch_values: dict[Place, tuple[str, float]] = {}
         self.batches = 0
@@ -216,7 +216,7 @@ class Results:
 class Recorder:
     """Takes what `self.log` is given, and holds the metrics of a trainer.
 
-    The loops tell it where they are: `hook` (which hook is running), the batch, `dataloader_idx`, and which
+    The loops tell it where they are: `hook` (which hook is running), `batch`, `dataloader_idx`, and which
     loop's results are `active`.
     """
 
@@ -225,15 +225,11 @@ class Recorder:
         self.dataloader_idx: int | None = None
         self.active: Results | None = None
         self.module: nn.Module | None = None
-        self._batch: Any = None
-        self._batch_size: int | None = None
+        self.batch: Any = None
+        self._measured: tuple[Any, int] | None = None
         self._callback: dict[str, Tensor] = {}
         self._progress_bar: dict[str, float] = {}
         self.logged: dict[str, Tensor] = {}
-
-    def begin_batch(self, batch: Any) -> None:
-        """Note the batch that values will be logged for."""
-        self._batch, self._batch_size = batch, None
 
     def remember(self, metrics: Mapping[str, float]) -> None:
         """Put back the metrics of a checkpoint, for callbacks and schedulers that watch one."""
@@ -266,10 +262,10 @@ class Recorder:
                 "validation_step, test_step or a hook of their loops"
             )
         given = (prog_bar, logger, on_step, on_epoch, reduce_fx, rank_zero_only)
-        place = Place(self.hook, name, self.dataloader_idx, add_dataloader_idx)
+        place = (self.hook, name, self.dataloader_idx, add_dataloader_idx)
         entry = results.entries.get(place)
         if entry is None:
-            entry = results.entries[place] = make_entry(place, given)
+            entry = results.entries[place] = make_entry(Place(*place), given)
         elif entry.given != given:
             raise MisconfigurationException(
                 f"self.log({name!r}, …) was called twice in {self.hook} with different arguments: (prog_bar, logger, "
@@ -281,7 +277,7 @@ class Recorder:
                     f"self.log({name!r}, …) was given a tensor of shape {tuple(value.shape)}; log one number, such as "
                     "its .mean()"
                 )
-            value = value.detach().clone() if value.grad_fn is None else value.detach()
+            value = value.detach().clone() if value.is_leaf else value.detach()
         elif not isinstance(value, (int, float)):
             value = _unusual(entry, value)
         entry.latest, entry.fresh, entry.reduced = value, True, False
@@ -290,14 +286,16 @@ class Recorder:
             entry.add(value, (batch_size or self._size_of_batch(name)) if weighed else 1)
 
     def _size_of_batch(self, name: str) -> int:
-        if self._batch_size is None:
-            self._batch_size = next(_sizes(self._batch, Tensor), next(_sizes(self._batch, str), None))
-            if self._batch_size is None:
+        if self._measured is None or self._measured[0] is not self.batch:
+            size = next(_sizes(self.batch, Tensor), None)
+            size = next(_sizes(self.batch, str), None) if size is None else size
+            if size is None:
                 raise MisconfigurationException(
-                    f"self.log({name!r}, …) cannot tell the batch size from a batch of type "
-                    f"{type(self._batch).__name__}; pass batch_size=…"
+                    f"self.log({name!r}, …) cannot tell the batch size from a batch of type {type(self.batch).__name__}; "
+                    "pass batch_size=…"
                 )
-        return self._batch_size
+            self._measured = (self.batch, size)
+        return self._measured[1]
 
     def step_metrics(self) -> dict[str, float]:
         """What the values logged on_step in this batch come to, for the loggers. A collective call.
@@ -355,7 +353,7 @@ class Recorder:
         results = self.active
         assert results is not None
         results.in_batch = False
-        entries = {p: e for p, e in results.entries.items() if e.on_epoch and not e.reduced}
+        entries = {entry.place: entry for entry in results.entries.values() if entry.on_epoch and not entry.reduced}
         shares = {place: entry.share() for place, entry in entries.items() if entry.metric is None}
         shares |= {p: Share("metric", self._path_of(e), 1.0, *_flags(e)) for p, e in entries.items() if e.metric is not None}
         gathered = distributed.gather_objects((results.batches, shares))

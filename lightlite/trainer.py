@@ -198,6 +198,7 @@ class Trainer:
         self.running_device: torch.device | None = None
         self.strategy_is_set_up = False
         self.start_time = 0.0
+        self.val_check_batch: int | float | None = None
         self.num_training_batches: int | float = 0
         self.num_sanity_val_batches: list[int | float] = []
         self.num_val_batches: list[int | float] = []
@@ -439,6 +440,8 @@ class Trainer:
         self.state.stage = None
         self.recorder.active = self.recorder.hook = None
         self.training_step = None
+        for callback in self.callbacks:
+            callback._logs_to = None
         torch.autograd.set_detect_anomaly(self._anomaly)
 
     def attach_module_callbacks(self, module: LightningModule) -> None:
@@ -513,7 +516,6 @@ class Trainer:
         if self.is_global_zero:
             for logger in self.loggers:
                 logger.log_metrics(metrics=values, step=step)
-                logger.save()
 
     def log_hyperparameters(self) -> None:
         """Hand the hyper-parameters of the module and the data module to the loggers."""

@@ -25,6 +25,11 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
     return flexible or len(names) > 1
 
 
+def with_batch_idx(call: Callable[..., Any], step: Callable[..., Any]) -> Callable[[Any, int], Any]:
+    """`call` for (batch, batch_idx), whether or not the user's `step` wants the index."""
+    return call if takes_batch_idx(step) else lambda batch, batch_idx: call(batch)
+
+
 def positional(step: Callable[..., Any]) -> tuple[list[str], bool]:
     """Names of the positional parameters, and whether any number is taken."""
     parameters = inspect.signature(step).parameters.values()

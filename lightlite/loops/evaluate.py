@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from lightlite import distributed
+from lightlite.callbacks.prediction_writer import BasePredictionWriter
 from lightlite.data import RankLoader, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
@@ -130,7 +132,7 @@ class _BatchLoop:
             for batch_idx, batch in self._batches(loader, self.num_batches[loader_idx]):
                 if prepare is not None:
                     batch = prepare(batch, loader_idx)
-                recorder.begin_batch(batch)
+                recorder.batch = batch
                 results.in_batch = True
                 results.batches += 1
                 for hook in starts:
@@ -239,6 +241,33 @@ class PredictionLoop(_BatchLoop):
         super().__init__(trainer, module, RunningStage.PREDICTING)
         self._check_signature()
         self._keep = keep
+        writers = [callback for callback in trainer.callbacks if isinstance(callback, BasePredictionWriter)]
+        self._keeps_own = any(writer.interval != "batch" for writer in writers)
+        self._drawn = [loader.track() if writers else None for loader in self.loaders]
+        self.current_batch_indices: list[int] | None = None
+        self._indices: list[list[Any]] = [[] for _ in self.loaders]
+        self._outputs: list[list[Any]] = [[] for _ in self.loaders]
+
+    @property
+    def predictions(self) -> list[Any]:
+        """What this rank predicted, by batch; by loader and batch where there are several loaders."""
+        return self._outputs[0] if len(self.loaders) == 1 else self._outputs
+
+    @property
+    def epoch_batch_indices(self) -> list[Any]:
+        """Which samples of the dataset each of this rank's batches holds, nested as `predictions` are."""
+        return self._indices[0] if len(self.loaders) == 1 else self._indices
+
+    def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
+        batches = super()._batches(loader, limit)
+        drawn = self._drawn[self.loaders.index(loader)]
+        return batches if drawn is None else self._with_indices(batches, drawn)
+
+    def _with_indices(self, batches: Iterator[tuple[int, Any]], drawn: deque[Any]) -> Iterator[tuple[int, Any]]:
+        for batch_idx, batch in batches:
+            indices = drawn.popleft()
+            self.current_batch_indices = list(indices) if isinstance(indices, (list, tuple)) else [indices]
+            yield batch_idx, batch
 
     def run(self) -> list[Any] | None:
         """Predict every batch once.
@@ -247,9 +276,10 @@ class PredictionLoop(_BatchLoop):
             What `predict_step` returned for each batch, in the loader's order; a list of such lists where there are several
             loaders; the same on every rank. None with `return_predictions=False`.
         """
-        trainer, recorder = self.trainer, self.trainer.recorder
+        trainer = self.trainer
         trainer.state.stage = self.stage
         trainer.note_batches(self.stage, self.num_batches)
+        trainer.predict_loop = self
         results = Results(training=False)
         with ExitStack() as stack:
             collectors = [
@@ -258,16 +288,20 @@ class PredictionLoop(_BatchLoop):
             with self._evaluating():
                 self._hooks("start")
                 self._hooks("epoch_start")
-                self._run_batches(
-                    results, lambda _, loader_idx, output: collectors[loader_idx].put(output) if self._keep else None
-                )
-                outputs = [collector.collect() for collector in collectors]
-                trainer.predictions = outputs[0] if len(outputs) == 1 else outputs
+                self._run_batches(results, lambda _, loader_idx, output: self._take(collectors, loader_idx, output))
                 self._hooks("epoch_end")
                 self._hooks("end")
-        recorder.active = None
-        predictions, trainer.predictions = trainer.predictions, None
-        return predictions if self._keep else None
+            predictions = [collector.collect() for collector in collectors]
+        if not self._keep:
+            return None
+        return predictions[0] if len(predictions) == 1 else predictions
+
+    def _take(self, collectors: list[Any], loader_idx: int, output: Any) -> None:
+        if collectors:
+            collectors[loader_idx].put(output)
+        if self._keeps_own:
+            self._outputs[loader_idx].append(output)
+            self._indices[loader_idx].append(self.current_batch_indices)
 
 
 @contextmanager

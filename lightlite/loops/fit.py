@@ -55,18 +55,20 @@ def run_fit(
         if not fit.begin():
             return
         recorder, progress, step = trainer.recorder, trainer.progress, fit.step
-        begin_batch, prepare, schedulers = recorder.begin_batch, fit.prepare, fit.schedulers
+        prepare, schedulers = fit.prepare, fit.schedulers
         while not fit.done():
             batch_starts, batch_ends = fit.begin_epoch()
             for batch_idx, batch in fit.batches():
                 if prepare is not None:
                     batch = prepare(batch, 0)
-                begin_batch(batch)
+                recorder.batch = batch
                 if batch_starts and fit.stopped_by(batch_starts, batch, batch_idx):
                     break
                 progress.last_batch = last = batch_idx + 1 == fit.length
                 output = step(batch, batch_idx, last)
-                progress.count_batch()
+                progress.batches_in_epoch = batch_idx + 1
+                progress.batches_total += 1
+                progress.pending = True
                 if schedulers:
                     fit.step_schedulers(last)
                 for hook in batch_ends:
@@ -95,6 +97,9 @@ class FitLoop:
         self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
         self.prepare = batch_preparer(trainer, module)
         self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
+        self._max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        self._alone = distributed.world_size() == 1
+        self._agreed_to_stop = False
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
         self._known_length: float = math.inf
@@ -188,22 +193,29 @@ class FitLoop:
             self._val_every = math.inf
         else:
             self._val_every = max(1, int(self.length * given))
+        trainer.val_check_batch = None if trainer.val_check_time is not None else self._val_every
 
     def done(self) -> bool:
         """Whether nothing is left to train."""
         trainer, progress = self.trainer, self.progress
         if progress.epoch_open:
             return False
-        if self._out_of_steps():
+        if progress.optimizer_steps >= self._max_steps:
             rank_zero_info(f"Trainer.fit stopped: max_steps={trainer.max_steps} reached")
             return True
         if trainer.max_epochs not in (None, -1) and progress.epoch >= trainer.max_epochs:
             rank_zero_info(f"Trainer.fit stopped: max_epochs={trainer.max_epochs} reached")
             return True
-        return trainer.should_stop and self._may_stop()
+        return self._stops()
 
-    def _out_of_steps(self) -> bool:
-        return self.trainer.max_steps != -1 and self.progress.optimizer_steps >= self.trainer.max_steps
+    def _agree_to_stop(self) -> None:
+        """Make one rank's `trainer.should_stop` every rank's: at log points, after validations and epochs."""
+        if not self._alone:
+            self._agreed_to_stop = self.trainer.should_stop = any(distributed.gather_objects(self.trainer.should_stop))
+
+    def _stops(self) -> bool:
+        """Whether somebody asked to stop, all ranks know it, and enough has been trained."""
+        return (self.trainer.should_stop if self._alone else self._agreed_to_stop) and self._may_stop()
 
     def _may_stop(self) -> bool:
         trainer, progress = self.trainer, self.progress
@@ -300,6 +312,7 @@ class FitLoop:
             logged = recorder.reduce_epoch()
             self._epoch_end_hooks()
             logged |= recorder.reduce_epoch()
+        self._agree_to_stop()
         self.step_plateau_schedulers("epoch")
         progress.batches_that_stepped -= 1
         trainer.log_metrics(logged)
@@ -331,21 +344,19 @@ class FitLoop:
             Whether the epoch ends here.
         """
         trainer, progress = self.trainer, self.progress
-        stepped = self.step.micro_batch == 0
-        if stepped and ((progress.batches_that_stepped + 1) % self._log_every == 0 or trainer.should_stop):
-            trainer.log_metrics(self.recorder.step_metrics())
+        if not self.step.micro_batch:
+            if (progress.batches_that_stepped + 1) % self._log_every == 0:
+                self._agree_to_stop()
+                trainer.log_metrics(self.recorder.step_metrics())
         if self._validates and not progress.validated and self._validation_due(batch_idx):
             self._validate()
-        if stepped:
+            self._agree_to_stop()
+        if not self.step.micro_batch:
             if self.schedulers:
                 self.step_plateau_schedulers("step")
             progress.batches_that_stepped += 1
-        progress.pending = False
-        if trainer.should_stop and self._may_stop():
-            for logger in trainer.loggers:
-                logger.save()
-            return True
-        return self._out_of_steps()
+        progress.pending = progress.validated = False
+        return (trainer.should_stop and self._stops()) or progress.optimizer_steps >= self._max_steps
 
     def _finish_pending(self) -> bool:
         """Do what a checkpoint taken within a batch's hooks left undone of that batch."""
@@ -359,7 +370,7 @@ class FitLoop:
         trainer, progress = self.trainer, self.progress
         if not self._epoch_validates():
             return False
-        if trainer.should_stop and self._may_stop():
+        if self._stops():
             return True
         if trainer.val_check_time is not None:
             elapsed = time.monotonic() - self._last_validation >= trainer.val_check_time.total_seconds()

@@ -6,7 +6,7 @@ Whatever can be decided before the first batch is decided in `__init__`; what no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import is_overridden
-from lightlite.loops.calls import takes_batch_idx
+from lightlite.loops.calls import with_batch_idx
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer
 
@@ -37,15 +37,17 @@ class TrainStep:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
-        self._trainer, self._module, self._training_step = trainer, module, training_step
-        self._takes_idx = takes_batch_idx(module.training_step)
+        self._trainer, self._module = trainer, module
+        self._training_step = with_batch_idx(training_step, module.training_step)
         self._progress, self._recorder = trainer.progress, trainer.recorder
         self._optimizer: LightningOptimizer | None = next(iter(trainer.wrapped_optimizers), None)
         self._context: Callable[[], AbstractContextManager[Any]] | None = trainer.precision_plugin.forward_context()
         self._scaler = trainer.precision_plugin.scaler
         self._no_sync = trainer.strategy.no_sync
-        self._optimizer_step = trainer.hooks.of_module("optimizer_step") or (module.optimizer_step,)
-        self._zero_grad = trainer.hooks.of_module("optimizer_zero_grad")
+        self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), module.optimizer_step)
+        zero_grad = next(iter(trainer.hooks.of_module("optimizer_zero_grad")), None)
+        owner = module if self._optimizer is None else self._optimizer.optimizer
+        self._clear_gradients: Callable[[], Any] = owner.zero_grad if zero_grad is None else self._zero_grad_hook(zero_grad)
         self._backward = module.backward if is_overridden("backward", module, LightningModule) else Tensor.backward
         self._before_zero_grad = trainer.hooks.resolve("on_before_zero_grad")
         self._before_backward = trainer.hooks.resolve("on_before_backward")
@@ -54,11 +56,12 @@ class TrainStep:
         self._clipping = trainer.hooks.of_module("configure_gradient_clipping")
         if not self._clipping and trainer.gradient_clip_val:
             self._clipping = (module.configure_gradient_clipping,)
+        self._finishes = True
         self._wants_outputs = bool(trainer.hooks.resolve("on_train_batch_end"))
         self._window = trainer.accumulate_grad_batches
         self.micro_batch = 0
         self._stepping = True
-        self._args: tuple[Any, ...] = ()
+        self._batch: Any = None
         self._batch_idx = 0
         self._outputs: Any = None
         self._closure_ran = False
@@ -66,6 +69,7 @@ class TrainStep:
     def begin_epoch(self) -> None:
         """Begin a new accumulation window, of the length that holds for this epoch."""
         self.micro_batch, self._window = 0, self._trainer.accumulate_grad_batches
+        self._finishes = bool(self._before_step or self._clipping) or self._window > 1
 
     def state_dict(self) -> dict[str, Any]:
         """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
@@ -95,26 +99,25 @@ class TrainStep:
         Returns:
             What `on_train_batch_end` hooks are given; None where there are none.
         """
-        self._args = (batch, batch_idx) if self._takes_idx else (batch,)
-        self._batch_idx = batch_idx
+        self._batch, self._batch_idx = batch, batch_idx
         self.micro_batch += 1
         self._stepping = last or self.micro_batch >= self._window
         if not self._stepping:
             with self._no_sync():
                 self._closure()
-        elif self._optimizer is None:
+            return self._outputs
+        if self._optimizer is None:
             self._closure()
-            self.micro_batch = 0
         else:
             self._closure_ran = False
-            self._optimizer_step[0](self._progress.epoch, batch_idx, self._optimizer, self._closure)
+            self._optimizer_step(self._progress.epoch, batch_idx, self._optimizer, self._closure)
             if not self._closure_ran:
                 raise MisconfigurationException(
                     f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was trained; call "
                     "optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
                 )
             self._progress.optimizer_steps += 1
-            self.micro_batch = 0
+        self.micro_batch = 0
         return self._outputs
 
     def _closure(self) -> Tensor | None:
@@ -122,10 +125,10 @@ class TrainStep:
         recorder = self._recorder
         outer, recorder.hook = recorder.hook, "training_step"
         if self._context is None:
-            output = self._training_step(*self._args)
+            output = self._training_step(self._batch, self._batch_idx)
         else:
             with self._context():
-                output = self._training_step(*self._args)
+                output = self._training_step(self._batch, self._batch_idx)
         recorder.hook = outer
         loss = output if isinstance(output, Tensor) else self._loss_in(output)
         if self._window > 1 and loss is not None:
@@ -133,6 +136,8 @@ class TrainStep:
         if self._wants_outputs:
             self._outputs = self._described(output, loss)
         if self.micro_batch == 1:
+            for hook in self._before_zero_grad:
+                hook(self._optimizer)
             self._clear_gradients()
         if loss is not None:
             for hook in self._before_backward:
@@ -140,21 +145,12 @@ class TrainStep:
             self._backward(loss if self._scaler is None else self._scaler.scale(loss))
             for hook in self._after_backward:
                 hook()
-        if self._stepping:
+        if self._finishes and self._stepping:
             self._finish_gradients()
         return loss
 
-    def _clear_gradients(self) -> None:
-        optimizer = self._optimizer
-        if optimizer is None:
-            self._module.zero_grad()
-            return
-        for hook in self._before_zero_grad:
-            hook(optimizer)
-        if self._zero_grad:
-            self._zero_grad[0](self._progress.epoch, self._batch_idx, optimizer)
-        else:
-            optimizer.optimizer.zero_grad()
+    def _zero_grad_hook(self, hook: Callable[..., Any]) -> Callable[[], None]:
+        return lambda: hook(self._progress.epoch, self._batch_idx, self._optimizer)
 
     def _finish_gradients(self) -> None:
         """Make the gradients those of the whole window, show them to the hooks, clip them."""
@@ -219,9 +215,9 @@ class ManualStep:
     micro_batch = 0
 
     def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
-        self._training_step, self._takes_idx = training_step, takes_batch_idx(module.training_step)
+        self._training_step = with_batch_idx(training_step, module.training_step)
         self._recorder, self._progress = trainer.recorder, trainer.progress
-        self._context = trainer.precision_plugin.forward_context()
+        self._context = trainer.precision_plugin.forward_context() or nullcontext
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
         _refuse_automatic_settings(trainer)
         for optimizer in trainer.wrapped_optimizers:
@@ -239,14 +235,10 @@ class ManualStep:
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Run the user's training step; see `TrainStep.__call__`."""
-        args = (batch, batch_idx) if self._takes_idx else (batch,)
         recorder = self._recorder
         outer, recorder.hook = recorder.hook, "training_step"
-        if self._context is None:
-            output = self._training_step(*args)
-        else:
-            with self._context():
-                output = self._training_step(*args)
+        with self._context():
+            output = self._training_step(batch, batch_idx)
         recorder.hook = outer
         if isinstance(output, Tensor):
             return {"loss": output.detach()}

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Weig
 
 import lightlite as pl
 from lightlite.callbacks import EarlyStopping, ModelCheckpoint
-from lightlite.errors import MetricError
+from lightlite.errors import MetricError, MisconfigurationException
 
 from .models import (
     FEATURES,
@@ -414,26 +414,26 @@ def test_a_key_logged_by_the_first_rank_only_may_say_so(tmp_path: Path) -> None:
     assert result == {"mine": 1.0}
 
 
-def test_ranks_that_returned_no_loss_do_not_hang_the_others(tmp_path: Path) -> None:
+def test_a_batch_that_is_skipped_on_one_rank_is_refused_and_hangs_nobody(tmp_path: Path) -> None:
     class Skips(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
-            return None if batch_idx == 1 else loss
+            return None if self.global_rank == 1 and batch_idx == 1 else loss
 
     trainer = trainer_of(2, tmp_path)
-    trainer.fit(Skips(), regression_loader(8))
-    assert trainer.current_epoch == 1
+    with pytest.raises(MisconfigurationException, match=r"(?s)(?=.*training_step)(?=.*None)(?=.*rank 1)"):
+        trainer.fit(Skips(), regression_loader(8))
 
 
-def test_one_ranks_wish_to_stop_stops_all(tmp_path: Path) -> None:
+def test_one_ranks_wish_to_stop_after_an_epoch_stops_all(tmp_path: Path) -> None:
     class Stops(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_rank == 1 and batch_idx == 1:
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.global_rank == 1 and trainer.current_epoch == 1:
                 trainer.should_stop = True
 
     trainer = trainer_of(2, tmp_path, max_epochs=50, callbacks=[Stops()])
-    trainer.fit(Net(), regression_loader(8))
-    assert trainer.current_epoch <= 2
+    trainer.fit(Net(), regression_loader(4))
+    assert trainer.current_epoch == 2
 
 
 def test_a_run_on_two_ranks_resumed_in_an_epoch_ends_like_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """lightlite: a multi-device trainer for PyTorch.
 
-    import lightlite as pl
+import lightlite as pl
 
-    class Net(pl.LightningModule):
-        def training_step(self, batch, batch_idx): ...
-        def configure_optimizers(self): ...
+class Net(pl.LightningModule):
+    def training_step(self, batch, batch_idx): ...
+    def configure_optimizers(self): ...
 
-    pl.Trainer(devices=2).fit(Net(), loader)
+pl.Trainer(devices=2).fit(Net(), loader)
 """
 
 from __future__ import annotations

@@ -116,7 +116,10 @@ def _loops(progress: FitProgress) -> dict[str, Any]:
     zero = _count(0)
     fit = {
         "state_dict": {},
-        "epoch_progress": {"total": {**epoch, "completed": progress.epoch}, "current": {**epoch, "completed": progress.epoch}},
+        "epoch_progress": {
+            "total": {**epoch, "completed": progress.epoch},
+            "current": {**epoch, "completed": progress.epoch},
+        },
         "epoch_loop.state_dict": {"_batches_that_stepped": progress.batches_that_stepped},
         "epoch_loop.batch_progress": {
             "total": {"ready": total, "started": total, "processed": total, "completed": total - (batches - done)},
@@ -200,8 +203,8 @@ class Restorer:
         if "state_dict" not in checkpoint:
             keys = ", ".join(map(str, list(checkpoint)[:5]))
             raise CheckpointError(
-                f"{self._path} is no checkpoint of a trainer: it has no 'state_dict', but {keys}, …; for bare weights use "
-                "module.load_state_dict(torch.load(path))"
+                f"{self._path} is no checkpoint of a trainer: it has no 'state_dict', but {keys}, …; for bare "
+                "weights use module.load_state_dict(torch.load(path))"
             )
         for owner in (self._datamodule, self._module):
             if owner is not None and is_overridden("on_load_checkpoint", owner, CheckpointHooks):
@@ -229,7 +232,9 @@ class Restorer:
                 callback.load_state_dict(dict(states[key]))
         unused = [key for key in states if key not in known]
         if unused:
-            rank_zero_warn(f"{self._path} holds the state of callbacks that this Trainer does not have: {', '.join(unused)}")
+            rank_zero_warn(
+                f"{self._path} holds the state of callbacks that this Trainer does not have: {', '.join(unused)}"
+            )
 
     def restore_training(self) -> None:
         """Put back optimizers, schedulers, counters and random states.
@@ -264,7 +269,8 @@ class Restorer:
         ):
             if len(states) != len(mine):
                 raise CheckpointError(
-                    f"{self._path} holds the state of {len(states)} {what}, but configure_optimizers returned {len(mine)}"
+                    f"{self._path} holds the state of {len(states)} {what}, but configure_optimizers returned "
+                    f"{len(mine)}"
                 )
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
             trainer.strategy.load_optimizer_state(optimizer, state)
@@ -292,4 +298,3 @@ class Restorer:
             return
         now = states[0]["now"] if rank == 0 else capture_rng()
         trainer.resumed_random_states = {**states[0], "now": now}
-

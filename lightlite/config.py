@@ -16,7 +16,7 @@ from lightlite.interfaces import Accelerator, ClusterEnvironment, Precision, Str
 from lightlite.registry import AcceleratorRegistry, EnvironmentRegistry, PrecisionRegistry, Registry, StrategyRegistry
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-I = TypeVar("I")
+Instance = TypeVar("Instance")
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 LEFT_OUT = {
@@ -84,8 +84,8 @@ def choose_hardware(
     if ranks is None:
         if num_nodes != 1:
             raise MisconfigurationException(
-                f"num_nodes={num_nodes}, but nobody has started ranks on several machines; start the script on each of them "
-                f"with `python -m lightlite.launch --nnodes {num_nodes} …`, torchrun or srun"
+                f"num_nodes={num_nodes}, but nobody has started ranks on several machines; start the script on "
+                f"each of them with `python -m lightlite.launch --nnodes {num_nodes} …`, torchrun or srun"
             )
         ranks, launched = Ranks(world_size=len(ids), local_world_size=len(ids)), False
     else:
@@ -111,8 +111,8 @@ def choose_hardware(
 def _check_topology(ranks: Ranks, ids: list[int], num_nodes: int, devices: Any) -> None:
     if len(ids) != ranks.local_world_size:
         raise MisconfigurationException(
-            f"devices={devices!r} asks for {len(ids)} processes on a machine, but {ranks.local_world_size} were started; "
-            "start as many as there are devices, or leave devices out"
+            f"devices={devices!r} asks for {len(ids)} processes on a machine, but {ranks.local_world_size} were "
+            "started; start as many as there are devices, or leave devices out"
         )
     if num_nodes not in (1, ranks.num_nodes):
         raise MisconfigurationException(
@@ -130,7 +130,9 @@ def _accelerator(given: str | Accelerator) -> Accelerator:
         members = AcceleratorRegistry.groups[name]
         found = next((member for member in members if AcceleratorRegistry.get(member).is_available()), None)
         if found is None:
-            reasons = "; ".join(f"{member}: {AcceleratorRegistry.get(member).unavailable_reason()}" for member in members)
+            reasons = "; ".join(
+                f"{member}: {AcceleratorRegistry.get(member).unavailable_reason()}" for member in members
+            )
             raise MisconfigurationException(
                 f"accelerator={name!r}, but there is none to use ({reasons}); available: "
                 f"{', '.join(map(repr, AcceleratorRegistry.available()))}, or 'auto'"
@@ -162,7 +164,9 @@ def _precision(given: Any, extras: list[Any], device: str) -> Precision:
     plugin = next((extra for extra in extras if isinstance(extra, Precision)), None)
     if plugin is not None:
         if given is not None:
-            raise MisconfigurationException(f"precision={given!r} and plugins={plugin!r} both set the precision; give one")
+            raise MisconfigurationException(
+                f"precision={given!r} and plugins={plugin!r} both set the precision; give one"
+            )
         return plugin
     name = str(32 if given is None else given)
     _refuse_left_out("precision", name)
@@ -195,7 +199,8 @@ def _refuse_left_out(argument: str, given: Any) -> None:
         raise MisconfigurationException(f"{argument}={given!r} is left out of lightlite on purpose; see the README")
     if not isinstance(given, str):
         raise MisconfigurationException(
-            f"{argument}={given!r} of type {type(given).__name__}; give a name or an instance of {argument.capitalize()}"
+            f"{argument}={given!r} of type {type(given).__name__}; give a name or an instance of "
+            f"{argument.capitalize()}"
         )
 
 
@@ -236,7 +241,7 @@ class Limits:
             self.limit_val_batches = self.overfit_batches
         self.num_sanity_val_steps = 2 if self.num_sanity_val_steps is None else self.num_sanity_val_steps
         self.log_every_n_steps = 50 if self.log_every_n_steps is None else self.log_every_n_steps
-        self.val_check_time = None
+        self.val_check_time: timedelta | None = None
         self._read_val_check_interval()
 
     def _shorten(self, batches: int) -> None:
@@ -266,13 +271,18 @@ class Limits:
         if isinstance(given, (str, dict, timedelta)):
             self.val_check_time = duration(given, "val_check_interval")
             given = 1.0
-        elif isinstance(given, bool) or not isinstance(given, (int, float)) or given < 0 or given != int(given) > 1:
-            raise MisconfigurationException(_bad_interval(given))
-        elif isinstance(given, float) and given > 1.0:
+        elif (
+            isinstance(given, bool)
+            or not isinstance(given, (int, float))
+            or given < 0
+            or given != int(given) > 1
+            or (isinstance(given, float) and given > 1.0)
+        ):
             raise MisconfigurationException(_bad_interval(given))
         if self.check_val_every_n_epoch is None and isinstance(given, float) and self.val_check_time is None:
             raise MisconfigurationException(
-                f"val_check_interval={given} with check_val_every_n_epoch=None counts batches across epochs; give an int"
+                f"val_check_interval={given} with check_val_every_n_epoch=None counts batches across epochs; "
+                "give an int"
             )
         self.val_check_interval = given
 
@@ -288,8 +298,8 @@ class Limits:
 
 def _bad_interval(given: Any) -> str:
     return (
-        f"val_check_interval={given!r}; give a float from 0.0 to 1.0 (share of an epoch), an int (number of batches), or a "
-        "duration ('00:12:00:00', a dict for timedelta, a timedelta)"
+        f"val_check_interval={given!r}; give a float from 0.0 to 1.0 (share of an epoch), an int (number of "
+        "batches), or a duration ('00:12:00:00', a dict for timedelta, a timedelta)"
     )
 
 
@@ -356,12 +366,12 @@ def check_profiler(profiler: Any) -> None:
     """
     if profiler is not None:
         raise MisconfigurationException(
-            f"profiler={profiler!r}: lightlite has no profilers yet; leave it out, and run trainer.fit under torch.profiler.profile "
-            "or `py-spy record`"
+            f"profiler={profiler!r}: lightlite has no profilers yet; leave it out, and run trainer.fit under "
+            "torch.profiler.profile or `py-spy record`"
         )
 
 
-def as_instances(given: Any, kind: type[I], name: str, more: str = "") -> list[I]:
+def as_instances(given: Any, kind: type[Instance], name: str, more: str = "") -> list[Instance]:
     """A list of `kind` from one or several.
 
     Raises:
@@ -371,8 +381,8 @@ def as_instances(given: Any, kind: type[I], name: str, more: str = "") -> list[I
     wrong = given if instances is None else next((i for i in instances if not isinstance(i, kind)), None)
     if instances is None or wrong is not None:
         raise MisconfigurationException(
-            f"{name}={given!r} holds {wrong!r} ({type(wrong).__name__}); give an instance of lightlite's {kind.__name__}, a list of "
-            f"them, {more or 'or None'}"
+            f"{name}={given!r} holds {wrong!r} ({type(wrong).__name__}); give an instance of lightlite's "
+            f"{kind.__name__}, a list of them, {more or 'or None'}"
         )
     return instances
 

@@ -40,7 +40,9 @@ class Dealt(Sampler[Any]):
         kept: Where items are noted as they are drawn, for whoever wants to know a batch's indices; None for nowhere.
     """
 
-    def __init__(self, source: Iterable[Any], deal: Callable[[Iterator[Any]], Iterator[Any]], length: int | None) -> None:
+    def __init__(
+        self, source: Iterable[Any], deal: Callable[[Iterator[Any]], Iterator[Any]], length: int | None
+    ) -> None:
         self.source, self._deal, self._length = source, deal, length
         self.skip = 0
         self.kept: deque[Any] | None = None
@@ -109,9 +111,7 @@ class _Draw:
         return self._drawn[self._next - 1]
 
 
-def slices(
-    items: Iterator[Any], batch_size: int | None, drop_last: bool, rank: int, world: int
-) -> Iterator[Any]:
+def slices(items: Iterator[Any], batch_size: int | None, drop_last: bool, rank: int, world: int) -> Iterator[Any]:
     """This rank's slice of each global batch of `world * batch_size` items.
 
     The last, incomplete global batch is completed from the start of the order to a multiple of `world`, or dropped.
@@ -157,6 +157,7 @@ class RankLoader:
         self._dealt: Dealt | None = None
         self._passing = False
         self.loader = loader
+        self.length: int | None
         if self._world > 1 and not _is_split_by_user(loader):
             self.loader = self._dealt_out()
         self.length = self._count()
@@ -183,11 +184,15 @@ class RankLoader:
         loader: DataLoader[Any] = self.source
         if not self._training:
             batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-            return self._copy(batches, lambda items: itertools.islice(items, rank, None, world), loader.batch_sampler is None)
+            return self._copy(
+                batches, lambda items: itertools.islice(items, rank, None, world), loader.batch_sampler is None
+            )
         if loader.batch_sampler is not None and type(loader.batch_sampler) is BatchSampler:
             size, drop_last = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
             sampler = loader.batch_sampler.sampler
-            return self._copy(sampler, lambda items: slices(items, size, drop_last, rank, world), False, size, drop_last)
+            return self._copy(
+                sampler, lambda items: slices(items, size, drop_last, rank, world), False, size, drop_last
+            )
         batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         drop_last = bool(getattr(batches, "drop_last", False))
         deal = lambda items: slices(items, None, drop_last, rank, world)  # noqa: E731
@@ -227,7 +232,7 @@ class RankLoader:
             loader = self._pass_on()
         if self._dealt is not None:
             self._dealt.skip = skip
-        mine = self._start_alike(loader) if self._splits_batches else iter(loader)
+        mine: Iterator[Any] = self._start_alike(loader) if self._splits_batches else iter(loader)
         if self._dealt is not None:
             self._dealt.draw_first()
             return mine
@@ -260,19 +265,14 @@ class RankLoader:
 
     def _start_alike(self, loader: Any) -> Iterator[Any]:
         """Begin a pass from rank zero's random state on every rank; the others get their own back."""
-        state = distributed.broadcast_object(capture_rng() if self._rank == 0 else None)
-        if self._rank == 0:
-            mine = iter(loader)
-            if self._dealt is not None:
-                self._dealt.draw_first()
-            return mine
         own = capture_rng()
-        restore_rng(state)
-        try:
-            mine = iter(loader)
-            if self._dealt is not None:
-                self._dealt.draw_first()
-        finally:
+        state = distributed.broadcast_object(own)
+        if self._rank:
+            restore_rng(state)
+        mine: Iterator[Any] = iter(loader)
+        if self._dealt is not None:
+            self._dealt.draw_first()
+        if self._rank:
             restore_rng(own)
         return mine
 
@@ -357,7 +357,7 @@ def limit_of(limit: int | float, length: int | None, name: str) -> int | None:
     """
     if isinstance(limit, int) and not isinstance(limit, bool):
         return limit if length is None else min(limit, length)
-    if limit == 1.0 or length is None and limit == 0.0:
+    if limit == 1.0 or (length is None and limit == 0.0):
         return length if limit else 0
     if length is None:
         raise MisconfigurationException(
@@ -397,7 +397,11 @@ def is_nest(loaders: Any) -> bool:
     """Whether training is to draw from several loaders at once."""
     if isinstance(loaders, dict):
         return True
-    return isinstance(loaders, Sequence) and bool(loaders) and all(isinstance(part, (DataLoader, dict)) for part in loaders)
+    return (
+        isinstance(loaders, Sequence)
+        and bool(loaders)
+        and all(isinstance(part, (DataLoader, dict)) for part in loaders)
+    )
 
 
 class NestLoader:
@@ -412,11 +416,12 @@ class NestLoader:
 
     def __init__(self, loaders: Any, deal: bool = True) -> None:
         self.source = loaders
+        self.length: int | None
         self._keys = list(loaders) if isinstance(loaders, dict) else None
         parts = list(loaders.values()) if isinstance(loaders, dict) else list(loaders)
         self._parts = [training_loader(part, deal) for part in parts]
-        lengths = [part.length for part in self._parts]
-        self.length = None if None in lengths else max(length for length in lengths if length is not None)
+        known: list[int] = [part.length for part in self._parts if part.length is not None]
+        self.length = max(known) if len(known) == len(self._parts) else None
         self.loader = self
 
     def start(self, skip: int = 0) -> Iterator[Any]:

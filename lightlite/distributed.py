@@ -78,17 +78,27 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
     return True
 
 
+_left: list[Any] = []
+
+
 def _device_of(backend: str) -> str:
     capable = dist.Backend.backend_capability.get(backend, [])
     return next((device for device in capable if device != "cpu"), "cpu")
 
 
 def leave() -> None:
-    """Dissolve the process group, if there is one."""
+    """Dissolve the process group, if there is one.
+
+    The object itself lives on until the next one is left. Gloo's threads need the interpreter's lock to drop the tensors
+    of the last collective, and hold a lock of their own meanwhile, for which the group's destructor would wait: were it to
+    run right after that collective, under the interpreter's lock, neither would ever go on.
+    """
     if not dist.is_available():
         return
     if dist.is_initialized():
+        group = dist.group.WORLD
         dist.destroy_process_group()
+        _left[:] = [group]
     # Torch numbers groups, and a join that failed has used up a number that new processes will count from again.
     dist.distributed_c10d._world.group_count = 0
 

@@ -65,7 +65,9 @@ class HyperparametersMixin:
         else:
             unknown = [key for key in args if key not in given]
             if unknown:
-                raise AttributeError(f"save_hyperparameters: {unknown} are no arguments of __init__; those are {list(given)}")
+                raise AttributeError(
+                    f"save_hyperparameters: {unknown} are no arguments of __init__; those are {list(given)}"
+                )
             kept = {key: given[key] for key in args} if args else given
         self._hparams_name = name
         self._log_hyperparams = logger
@@ -88,7 +90,8 @@ class HyperparametersMixin:
     @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of `hparams` as they were first kept."""
-        return copy.deepcopy(self.__dict__.get("_hparams_initial", AttributeDict()))
+        kept: AttributeDict = self.__dict__.get("_hparams_initial", AttributeDict())
+        return copy.deepcopy(kept)
 
 
 def _init_arguments(instance: object, frame: types.FrameType) -> tuple[dict[str, Any], str | None]:

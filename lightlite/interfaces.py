@@ -32,7 +32,7 @@ class Accelerator(ABC):
     """
 
     name: ClassVar[str]
-    """What `Trainer(accelerator=…)` calls it, and the `torch.device` type unless `get_parallel_devices` says otherwise."""
+    """What `Trainer(accelerator=…)` calls it; the `torch.device` type, too, unless `get_parallel_devices` differs."""
 
     process_group_backend: ClassVar[str] = "gloo"
     """`torch.distributed` backend that carries this device's tensors."""
@@ -115,7 +115,7 @@ class Accelerator(ABC):
         return None
 
 
-class Precision(ABC):
+class Precision:
     """The format that numbers are computed and kept in."""
 
     precision: str = "32-true"
@@ -127,7 +127,7 @@ class Precision(ABC):
         return module
 
     def input_converter(self) -> Callable[[Any], Any] | None:
-        """A function that brings a batch's floating-point tensors to the format, or None where nothing is to be done."""
+        """A function that brings a batch's floating-point tensors to the format; None where nothing is to do."""
         return None
 
     def forward_context(self) -> Callable[[], AbstractContextManager[Any]] | None:
@@ -266,7 +266,7 @@ class Strategy(ABC):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks (or, with `all=False`, any rank) decided True; the same answer on every rank."""
         decisions = distributed.gather_objects(bool(decision))
-        return min(decisions) if all else max(decisions)
+        return bool(min(decisions) if all else max(decisions))
 
 
 class Launcher(ABC):
@@ -297,7 +297,7 @@ class Launcher(ABC):
 
 
 class ClusterEnvironment(ABC):
-    """Somebody who started this process as one rank of many: torchrun, Slurm, MPI, …"""
+    """Somebody who started this process as one rank of many, such as torchrun, Slurm or MPI."""
 
     name: ClassVar[str]
 

@@ -61,7 +61,9 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         """
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
-            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer; call trainer.fit(module) or another first")
+            raise RuntimeError(
+                f"{type(self).__name__} is not attached to a Trainer; call trainer.fit(module) or another first"
+            )
         return trainer  # type: ignore[no-any-return]
 
     @trainer.setter
@@ -193,7 +195,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             reduce_fx: How an epoch's value comes from its steps': "mean" (weighted by batch size), "sum", "min",
                 "max", or a function from a tensor of shape (steps,) to a number.
             enable_graph: Accepted for compatibility; values are always detached.
-            sync_dist: Accepted for compatibility: values are brought together over the ranks always, at no cost per step.
+            sync_dist: Accepted for compatibility: values are always brought together over the ranks.
             sync_dist_group: Accepted for compatibility.
             add_dataloader_idx: Whether `/dataloader_idx_<i>` is added where there are several loaders.
             batch_size: Samples in the batch; by default the length of the batch's first tensor.
@@ -207,7 +209,9 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         recorder = self.__dict__.get("_recorder")
         if recorder is None:
             if self.__dict__.get("_fabric") is None:
-                warnings.warn(f"self.log({name!r}, …) does nothing: the module is not attached to a Trainer", stacklevel=2)
+                warnings.warn(
+                    f"self.log({name!r}, …) does nothing: the module is not attached to a Trainer", stacklevel=2
+                )
             return
         recorder.log(
             name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size, rank_zero_only
@@ -221,7 +225,9 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             options: As for `log`.
         """
         if not isinstance(dictionary, Mapping) and not hasattr(dictionary, "items"):
-            raise MisconfigurationException(f"self.log_dict was given {type(dictionary).__name__}; give a dict from name to value")
+            raise MisconfigurationException(
+                f"self.log_dict was given {type(dictionary).__name__}; give a dict from name to value"
+            )
         for name, value in dictionary.items():
             self.log(name, value, **options)
 
@@ -272,7 +278,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             args: For `loss.backward`.
             kwargs: For `loss.backward`.
         """
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        loss.backward(*args, **kwargs)
 
     def optimizer_step(
         self,

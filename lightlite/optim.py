@@ -195,8 +195,8 @@ def _schedulers(given: Sequence[Any], monitor: str | None, optimizers: list[Opti
         owner = getattr(config.scheduler, "optimizer", None)
         if isinstance(config.scheduler, LRScheduler) and not any(owner is optimizer for optimizer in optimizers):
             raise MisconfigurationException(
-                f"configure_optimizers returned the scheduler {type(config.scheduler).__name__} of an optimizer that it "
-                "did not return; return both"
+                f"configure_optimizers returned the scheduler {type(config.scheduler).__name__} of an optimizer "
+                "that it did not return; return both"
             )
         configs.append(config)
     return configs
@@ -213,7 +213,8 @@ def _scheduler_from_dict(given: dict[str, Any], monitor: str | None) -> LRSchedu
     config = LRSchedulerConfig(**{"monitor": monitor, **given})
     if config.interval not in ("epoch", "step"):
         raise MisconfigurationException(
-            f"the 'lr_scheduler' dict of configure_optimizers has interval={config.interval!r}; allowed are 'epoch', 'step'"
+            f"the 'lr_scheduler' dict of configure_optimizers has interval={config.interval!r}; allowed are "
+            "'epoch', 'step'"
         )
     if not isinstance(config.frequency, int) or config.frequency < 1:
         raise MisconfigurationException(

@@ -40,7 +40,7 @@ def datamodule_from_checkpoint(cls: type[C], path: Any, map_location: Any, overr
 
 def _make(cls: type[C], arguments: dict[str, Any], name: str | None) -> C:
     parameters = inspect.signature(cls.__init__).parameters
-    if name in parameters and name not in ("args", "kwargs") and name not in arguments:
+    if name is not None and name in parameters and name not in ("args", "kwargs") and name not in arguments:
         return cls(**{name: arguments})  # the hyper-parameters were one argument, a dict or Namespace
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return cls(**arguments)

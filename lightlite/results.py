@@ -150,7 +150,7 @@ def combine(shares: Sequence[Share], function: Callable[[Any], Any] | None = Non
     if any(math.isnan(total) for total in totals):
         return math.nan
     if reduce in ("min", "max"):
-        return min(totals) if reduce == "min" else max(totals)
+        return float(min(totals) if reduce == "min" else max(totals))
     total = sum(totals)
     weight = sum(share.weight for share in shares)
     if reduce == "sum":
@@ -269,7 +269,8 @@ class Recorder:
         elif entry.given != given:
             raise MisconfigurationException(
                 f"self.log({name!r}, …) was called twice in {self.hook} with different arguments: (prog_bar, logger, "
-                f"on_step, on_epoch, reduce_fx, rank_zero_only) = {entry.given} and then {given}; use one set for a name"
+                f"on_step, on_epoch, reduce_fx, rank_zero_only) = {entry.given} and then {given}; use one set "
+                "for a name"
             )
         if isinstance(value, Tensor):
             if value.numel() != 1:
@@ -291,8 +292,8 @@ class Recorder:
             size = next(_sizes(self.batch, str), None) if size is None else size
             if size is None:
                 raise MisconfigurationException(
-                    f"self.log({name!r}, …) cannot tell the batch size from a batch of type {type(self.batch).__name__}; "
-                    "pass batch_size=…"
+                    f"self.log({name!r}, …) cannot tell the batch size from a batch of type "
+                    f"{type(self.batch).__name__}; pass batch_size=…"
                 )
             self._measured = (self.batch, size)
         return self._measured[1]
@@ -355,7 +356,9 @@ class Recorder:
         results.in_batch = False
         entries = {entry.place: entry for entry in results.entries.values() if entry.on_epoch and not entry.reduced}
         shares = {place: entry.share() for place, entry in entries.items() if entry.metric is None}
-        shares |= {p: Share("metric", self._path_of(e), 1.0, *_flags(e)) for p, e in entries.items() if e.metric is not None}
+        shares |= {
+            p: Share("metric", self._path_of(e), 1.0, *_flags(e)) for p, e in entries.items() if e.metric is not None
+        }
         gathered = distributed.gather_objects((results.batches, shares))
         _agree(gathered)
         logged, results.late = results.late, {}
@@ -393,7 +396,8 @@ class Recorder:
             function = None if entry is None or isinstance(entry.reduce, str) else entry.reduce
             return combine(parts, function)
         assert self.module is not None
-        metric = results.entries[place].metric if place in results.entries else self.module.get_submodule(parts[0].total)
+        entry = results.entries.get(place)
+        metric: Any = self.module.get_submodule(parts[0].total) if entry is None else entry.metric
         return float(metric.compute())
 
     def _path_of(self, entry: Entry) -> str:
@@ -435,29 +439,32 @@ def make_entry(place: Place, given: tuple[Any, ...]) -> Entry:
         raise MisconfigurationException(f"self.log was given the name {name!r}; give a string")
     if "/dataloader_idx_" in name:
         raise MisconfigurationException(
-            f"self.log({name!r}, …): '/dataloader_idx_' is added by itself where there are several loaders; choose another"
+            f"self.log({name!r}, …): '/dataloader_idx_' is added by itself where there are several loaders; "
+            "choose another"
         )
     if hook not in BATCH_HOOKS and hook not in EPOCH_HOOKS:
         raise MisconfigurationException(
-            f"self.log({name!r}, …) cannot be used inside {hook or 'code outside of the hooks'}; log inside of a step, or of "
-            "a batch or epoch hook of training, validation or test"
+            f"self.log({name!r}, …) cannot be used inside {hook or 'code outside of the hooks'}; log inside of "
+            "a step, or of a batch or epoch hook of training, validation or test"
         )
     if hook in EPOCH_HOOKS and (on_step or on_epoch is False):
         raise MisconfigurationException(
-            f"self.log({name!r}, on_step={on_step}, on_epoch={on_epoch}) inside {hook}, which belongs to no step; leave "
-            "on_step and on_epoch out"
+            f"self.log({name!r}, on_step={on_step}, on_epoch={on_epoch}) inside {hook}, which belongs to no "
+            "step; leave on_step and on_epoch out"
         )
     on_step = hook in STEP_HOOKS if on_step is None else on_step
     on_epoch = hook not in STEP_HOOKS if on_epoch is None else on_epoch
     if not on_step and not on_epoch:
-        raise MisconfigurationException(f"self.log({name!r}, on_step=False, on_epoch=False) asks for nothing; set one of them")
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step=False, on_epoch=False) asks for nothing; set one of them"
+        )
     reduce = getattr(reduce_fx, "__name__", reduce_fx)
     reduce = {"avg": "mean", "amin": "min", "amax": "max"}.get(reduce, reduce)
     if reduce not in REDUCTIONS:
         if not callable(reduce_fx):
             raise MisconfigurationException(
-                f"self.log({name!r}, reduce_fx={reduce_fx!r}): allowed are {', '.join(map(repr, REDUCTIONS))} and functions "
-                "from a tensor of shape (steps,) to a number"
+                f"self.log({name!r}, reduce_fx={reduce_fx!r}): allowed are {', '.join(map(repr, REDUCTIONS))} "
+                "and functions from a tensor of shape (steps,) to a number"
             )
         reduce = reduce_fx
     return Entry(place, given, prog_bar, logger is not False, on_step, on_epoch, reduce, rank_zero_only)
@@ -479,7 +486,8 @@ def _agree(gathered: list[tuple[int, Mapping[Place, Share]]]) -> None:
         if batches and missing:
             having = [r for r, (_, other) in enumerate(gathered) if missing[0] in other]
             raise MetricError(
-                f"rank {rank} did not log {missing[0].name!r} in {missing[0].hook}, which rank {having[0]} logged; log every "
+                f"rank {rank} did not log {missing[0].name!r} in {missing[0].hook}, which rank {having[0]} "
+                "logged; log every "
                 "name on every rank, or pass rank_zero_only=True where rank zero alone knows the value"
             )
 
@@ -491,8 +499,8 @@ def _unusual(entry: Entry, value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
         return value.item()
     raise ValueError(
-        f"self.log({entry.place.name!r}, …) was given {value!r} of type {type(value).__name__}; log a number, a tensor of "
-        "one element, or a torchmetrics Metric"
+        f"self.log({entry.place.name!r}, …) was given {value!r} of type {type(value).__name__}; log a number, a "
+        "tensor of one element, or a torchmetrics Metric"
     )
 
 

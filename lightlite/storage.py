@@ -101,9 +101,10 @@ def refuse_objects(checkpoint: Any, where: str = "checkpoint") -> None:
             refuse_objects(value, f"{where}[{index}]")
     elif not isinstance(checkpoint, _PLAIN):
         raise CheckpointError(
-            f"{where} is {checkpoint!r} of type {type(checkpoint).__name__}, which a checkpoint cannot hold: it could only be "
-            "read again by executing code. Keep numbers, strings, tensors, and lists and dicts of them; leave the object out "
-            "with save_hyperparameters(ignore=[…]) if it is a hyper-parameter"
+            f"{where} is {checkpoint!r} of type {type(checkpoint).__name__}, which a checkpoint cannot hold: it "
+            "could only be "
+            "read again by executing code. Keep numbers, strings, tensors, and lists and dicts of them; leave "
+            "the object out with save_hyperparameters(ignore=[…]) if it is a hyper-parameter"
         )
 
 
@@ -145,7 +146,7 @@ def read(path: PathLike | IO[bytes], map_location: Any = "cpu") -> dict[str, Any
                 return _load(io.BytesIO(file.read()), str(path), map_location)
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from None
-    source = local_path(path)  # type: ignore[arg-type]
+    source = local_path(path)
     if source.is_dir():
         raise CheckpointError(f"{source} is a folder, not a checkpoint file")
     require(source)
@@ -168,7 +169,8 @@ def _load(file: Any, name: str, map_location: Any) -> dict[str, Any]:
         sound = zipfile.is_zipfile(file)
         if sound and "Weights only load failed" in str(error):
             raise CheckpointError(
-                f"{name} holds objects that only executing code could restore, which is never done: {_reason(error)}. If you "
+                f"{name} holds objects that only executing code could restore, which is never done: "
+                f"{_reason(error)}. If you "
                 "trust the file, load it once by torch.load(weights_only=False) and save it again without them"
             ) from None
         raise CorruptCheckpointError(
@@ -181,7 +183,9 @@ def _load(file: Any, name: str, map_location: Any) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    chosen = next((line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0] if lines else "")
+    chosen = next(
+        (line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0] if lines else ""
+    )
     return chosen[:300]
 
 

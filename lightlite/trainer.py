@@ -9,53 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from lightlite import checkpoint, config, distributed, storage
 from lightlite.callbacks import (
     Callback,
     Checkpoint,
-    EarlyStopping,
     ModelCheckpoint,
     ModelSummary,
     ProgressBar,
     Timer,
     TQDMProgressBar,
 )
-from lightlite.data import as_list, check_loader, limit_of, sequential, training_loader
 from lightlite.datamodule import LightningDataModule
-from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
-from lightlite.hooks import HookTable, is_overridden
-from lightlite.interfaces import Accelerator, Launcher, Precision, Strategy
+from lightlite.hooks import is_overridden
+from lightlite.interfaces import Accelerator, Launcher, Strategy
 from lightlite.loggers import CSVLogger, DummyLogger, Logger
 from lightlite.loops.evaluate import STAGES, run_evaluation, run_predict
 from lightlite.loops.fit import run_fit
 from lightlite.loops.session import DataSource
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, LRSchedulerConfig
-from lightlite.progress import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
+from lightlite.progress import FitProgress, TrainerFn, TrainerState
 from lightlite.registry import LauncherRegistry
 from lightlite.results import Recorder
+from lightlite.run import SESSION, Run, checkpoints_last
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-SESSION = (
-    "hooks",
-    "training_step",
-    "wrapped_optimizers",
-    "lr_scheduler_configs",
-    "fit_loop",
-    "predict_loop",
-    "lightning_module",
-    "_source",
-    "_launcher",
-    "_loader",
-)
-"""What belongs to one process and one call, and is not sent to other ranks."""
 
-
-class Trainer:
+class Trainer(Run):
     """Trains, validates, tests and predicts with a LightningModule, on one device or many.
 
     Arguments have Lightning 2.x's names, meanings and defaults.
@@ -66,7 +48,8 @@ class Trainer:
         strategy: "auto", "single", "ddp", another registered name, or a Strategy. With several devices "auto" is ddp.
         devices: How many devices, which ("0,2", [0, 2]), or "auto" and -1 for all; on the CPU, how many processes.
         num_nodes: Number of machines; somebody has to start the ranks on each.
-        precision: "32-true" (default), "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", or 16, 32, 64, "bf16".
+        precision: "32-true" (default), "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"; or 16, 32, 64,
+            "bf16".
         logger: A Logger, several, True for the default one, False for none.
         callbacks: A Callback or several.
         fast_dev_run: Run that many batches (True: one) of everything, without logging or checkpoints.
@@ -155,7 +138,13 @@ class Trainer:
     ) -> None:
         if barebones:
             config.check_barebones(
-                logger, enable_checkpointing, enable_progress_bar, enable_model_summary, fast_dev_run, detect_anomaly, profiler
+                logger,
+                enable_checkpointing,
+                enable_progress_bar,
+                enable_model_summary,
+                fast_dev_run,
+                detect_anomaly,
+                profiler,
             )
             logger = enable_checkpointing = enable_progress_bar = enable_model_summary = False
             num_sanity_val_steps = log_every_n_steps = 0
@@ -227,7 +216,7 @@ class Trainer:
             return []
         if given is None or given is True:
             return [default_logger(self._root)]
-        return config.as_instances(given, Logger, "logger", "or True or False")
+        return config.as_instances(given, Logger, "logger", "or True or False")  # type: ignore[type-abstract]
 
     def _callbacks(
         self, given: Any, checkpointing: bool | None, bar: bool | None, summary: bool | None
@@ -251,7 +240,7 @@ class Trainer:
             callbacks.append(ModelSummary())
         if self._max_time is not None and not has(Timer):
             callbacks.append(Timer(duration=self._max_time))
-        return _checkpoints_last(callbacks)
+        return checkpoints_last(callbacks)
 
     def fit(
         self,
@@ -343,8 +332,8 @@ class Trainer:
             weights_only: Accepted for compatibility.
 
         Returns:
-            What `predict_step` returned for each batch, in the loader's order, whole on every rank; a list of such lists
-            with several loaders; None with `return_predictions=False`.
+            What `predict_step` returned for each batch, in the loader's order, whole on every rank; a list of such
+            lists with several loaders; None with `return_predictions=False`.
         """
         module, path, source = self._prepared(TrainerFn.PREDICTING, model, dataloaders, ckpt_path, datamodule)
         keep = True if return_predictions is None else return_predictions
@@ -355,7 +344,8 @@ class Trainer:
     ) -> list[dict[str, float]]:
         module, path, source = self._prepared(fn, model, dataloaders, ckpt_path, datamodule)
         _require(module, f"{STAGES[fn].hook_prefix}_step", "(self, batch, batch_idx)")
-        return self._on_every_rank(run_evaluation)(self, fn, module, source, path, verbose)
+        metrics: list[dict[str, float]] = self._on_every_rank(run_evaluation)(self, fn, module, source, path, verbose)
+        return metrics
 
     def _prepared(
         self, fn: TrainerFn, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any
@@ -393,16 +383,18 @@ class Trainer:
             best = getattr(self.checkpoint_callback, "best_model_path", "")
             if not best:
                 raise MisconfigurationException(
-                    f"Trainer.{fn}(ckpt_path='best'): no fit of this Trainer has written a checkpoint; give a path, or fit with a "
-                    "ModelCheckpoint first"
+                    f"Trainer.{fn}(ckpt_path='best'): no fit of this Trainer has written a checkpoint; give a "
+                    "path, or fit with a ModelCheckpoint first"
                 )
             return str(best)
         if given == "last":
             newest = self._newest_checkpoint()
             if newest is None:
-                rank_zero_warn(f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint yet; starting from the beginning")
+                rank_zero_warn(
+                    f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint yet; starting from the beginning"
+                )
             return newest
-        path = os.fspath(given)
+        path: str = os.fspath(given)
         storage.require(path)
         return path
 
@@ -412,145 +404,6 @@ class Trainer:
             if isinstance(callback, ModelCheckpoint):
                 found |= callback.find_last_checkpoints(self)
         return max(found, key=storage.modified) if found else None
-
-    def begin(self, module: LightningModule, source: DataSource) -> None:
-        """A call begins on this rank."""
-        self.lightning_module, self._source = module, source
-        self.recorder.module = module
-        self.recorder.forget()
-        module.attach(self, self.recorder)
-        if source.datamodule is not None:
-            source.datamodule.trainer = self
-        self._anomaly = torch.is_anomaly_enabled()
-        torch.autograd.set_detect_anomaly(self.detect_anomaly or self._anomaly)
-
-    def connect(self, ranks: Ranks) -> None:
-        """Take this rank's place."""
-        self.running_device = self.hardware.devices[ranks.local_rank]
-        self.strategy.connect(self.hardware.accelerator, self.running_device, ranks)
-        self.strategy_is_set_up = True
-        for logger in self.loggers:
-            logger.share(self.strategy.broadcast)
-
-    def end(self) -> None:
-        """The call is over on this rank, well or not."""
-        self.running_device = None
-        self.strategy.disconnect()
-        self.strategy_is_set_up = False
-        self.state.stage = None
-        self.recorder.active = self.recorder.hook = None
-        self.training_step = None
-        for callback in self.callbacks:
-            callback._logs_to = None
-        torch.autograd.set_detect_anomaly(self._anomaly)
-
-    def attach_module_callbacks(self, module: LightningModule) -> None:
-        """Add what `configure_callbacks` returns, in place of callbacks of the same type."""
-        wanted = module.configure_callbacks()
-        wanted = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
-        kinds = {type(callback) for callback in wanted}
-        kept = [callback for callback in self._own_callbacks if type(callback) not in kinds]
-        others = [callback for callback in self.callbacks if callback not in self._own_callbacks and type(callback) not in kinds]
-        self.callbacks = _checkpoints_last([*kept, *others, *wanted])
-        for callback in self.callbacks:
-            callback._logs_to = module
-
-    def load(self, stage: RunningStage) -> list[Any]:
-        """The loaders of an evaluation, in order."""
-        prefix = stage.dataloader_prefix
-        loaders = as_list(self._source.request(prefix, self.lightning_module))
-        for loader in loaders:
-            check_loader(loader, f"the {prefix} loader")
-        if self.overfit_batches and prefix == "val":
-            loaders = [sequential(loader) for loader in loaders]
-        return loaders
-
-    def load_training(self) -> Any:
-        """What this rank iterates in training."""
-        loaders = self._source.request("train", self.lightning_module)
-        check_loader(loaders, "the train loader")
-        if self.overfit_batches:
-            loaders = sequential(loaders)
-        self._loader = training_loader(loaders, self.use_distributed_sampler)
-        return self._loader
-
-    def loader_state(self) -> dict[str, Any] | None:
-        """State of the generators that the training loader owns."""
-        return None if self._loader is None else self._loader.state_dict()
-
-    def has_validation(self, module: LightningModule) -> bool:
-        """Whether there is both a validation_step and something to validate on."""
-        step = is_overridden("validation_step", module, LightningModule)
-        loader = self._source is not None and self._source.defines("val", module)
-        if loader and not step:
-            rank_zero_warn(f"there is a val loader, but {type(module).__name__} has no validation_step: nothing is validated")
-        if step and not loader:
-            rank_zero_warn(f"{type(module).__name__} has a validation_step, but there is no val loader: nothing is validated")
-        return step and loader
-
-    def note_batches(self, stage: RunningStage, counts: Sequence[int | None]) -> None:
-        """Make the numbers of batches known under `num_<stage>_batches`."""
-        name = {
-            RunningStage.SANITY_CHECKING: "num_sanity_val_batches",
-            RunningStage.VALIDATING: "num_val_batches",
-            RunningStage.TESTING: "num_test_batches",
-            RunningStage.PREDICTING: "num_predict_batches",
-        }[stage]
-        setattr(self, name, [float("inf") if count is None else count for count in counts])
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Hand values to the loggers, on rank zero.
-
-        Args:
-            metrics: Value by key; a key "step" gives the step instead of being logged.
-            step: The x-axis; by default the number of batches after which the optimizer stepped.
-        """
-        if not metrics:
-            return
-        values = dict(metrics)
-        self.recorder.logged.update({key: torch.tensor(value) for key, value in values.items()})
-        given = values.pop("step", None)
-        values.setdefault("epoch", self.current_epoch)
-        if step is None:
-            step = self.progress.batches_that_stepped if given is None else int(given)
-        if self.is_global_zero:
-            for logger in self.loggers:
-                logger.log_metrics(metrics=values, step=step)
-
-    def log_hyperparameters(self) -> None:
-        """Hand the hyper-parameters of the module and the data module to the loggers."""
-        if not self.loggers or not self.enable_autolog_hparams or not self.is_global_zero:
-            return
-        owners = [owner for owner in (self.lightning_module, self.datamodule) if owner is not None]
-        hparams: dict[str, Any] = {}
-        for owner in owners:
-            if owner._log_hyperparams:
-                hparams.update(owner.hparams_initial)
-        for logger in self.loggers:
-            if hparams:
-                logger.log_hyperparams(hparams)
-            logger.log_graph(self.lightning_module)
-            logger.save()
-
-    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """See `LightningModule.manual_backward`."""
-        scaler = self.precision_plugin.scaler
-        for hook in self.hooks.resolve("on_before_backward"):
-            hook(loss)
-        self.lightning_module.backward(loss if scaler is None else scaler.scale(loss), *args, **kwargs)
-        self.strategy.sync_gradients(self.lightning_module.parameters())
-        for hook in self.hooks.resolve("on_after_backward"):
-            hook()
-
-    def clip_gradients(self, optimizer: Any, value: float | None, algorithm: str | None) -> None:
-        """See `LightningModule.clip_gradients`."""
-        value = self.gradient_clip_val if value is None else value
-        algorithm = (algorithm or self.gradient_clip_algorithm or "norm").lower()
-        config.check_clipping(value, algorithm)
-        if not value:
-            return
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.strategy.clip_gradients(parameters, value, algorithm)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
@@ -563,7 +416,9 @@ class Trainer:
             storage_options: Accepted for compatibility.
         """
         if self.lightning_module is None:
-            raise AttributeError("there is nothing to save yet: the Trainer has no module; call fit, validate or test first")
+            raise AttributeError(
+                "there is nothing to save yet: the Trainer has no module; call fit, validate or test first"
+            )
         content = checkpoint.dump(self, bool(weights_only))
         if self.is_global_zero:
             storage.write(content, filepath)
@@ -579,236 +434,6 @@ class Trainer:
         if self._launcher is not None:
             self._launcher.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = dict.fromkeys(SESSION)
-        own.update(wrapped_optimizers=[], lr_scheduler_configs=[])
-        return {**self.__dict__, **own, "recorder": Recorder()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """The kind of device."""
-        return self.hardware.accelerator
-
-    @property
-    def strategy(self) -> Strategy:
-        """How the ranks work together."""
-        return self.hardware.strategy
-
-    @property
-    def precision_plugin(self) -> Precision:
-        """The format of numbers."""
-        return self.hardware.precision
-
-    @property
-    def precision(self) -> str:
-        """Its name, such as "32-true"."""
-        return self.hardware.precision.precision
-
-    @property
-    def scaler(self) -> Any:
-        """The gradient scaler, or None."""
-        return self.hardware.precision.scaler
-
-    @property
-    def model(self) -> Any:
-        """The module."""
-        return self.lightning_module
-
-    @property
-    def datamodule(self) -> LightningDataModule | None:
-        """The data module of the last call, if any."""
-        return None if self._source is None else self._source.datamodule
-
-    @property
-    def optimizers(self) -> list[Optimizer]:
-        """The optimizers of the fit."""
-        return [wrapped.optimizer for wrapped in self.wrapped_optimizers]
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.hardware.ranks.world_size
-
-    @property
-    def global_rank(self) -> int:
-        """This process's rank in the run."""
-        return self.strategy.global_rank if self.strategy_is_set_up else self.hardware.ranks.rank
-
-    @property
-    def local_rank(self) -> int:
-        """This process's rank on its machine."""
-        return self.strategy.local_rank if self.strategy_is_set_up else self.hardware.ranks.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Which machine this is."""
-        return self.hardware.ranks.node_rank
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self.hardware.num_nodes
-
-    @property
-    def num_devices(self) -> int:
-        """Number of devices on this machine."""
-        return len(self.hardware.devices)
-
-    @property
-    def device_ids(self) -> list[int]:
-        """Indices of this machine's devices."""
-        return self.hardware.device_ids
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the rank that prints and writes files."""
-        return self.global_rank == 0
-
-    @property
-    def current_epoch(self) -> int:
-        """Index of the epoch in progress; after a fit, the number of epochs."""
-        return self.progress.epoch
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps taken, by all optimizers together."""
-        return self.progress.optimizer_steps
-
-    @property
-    def is_last_batch(self) -> bool:
-        """Whether the batch just trained on was the last of its epoch."""
-        return self.progress.last_batch
-
-    @property
-    def callback_metrics(self) -> dict[str, Tensor]:
-        """The latest of everything logged, by key, as tensors."""
-        return self.recorder.callback_metrics
-
-    @property
-    def logged_metrics(self) -> dict[str, Tensor]:
-        """The latest of what was handed to the loggers, by key."""
-        return self.recorder.logged
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float]:
-        """The latest of what was logged with prog_bar=True, by key."""
-        return self.recorder.progress_bar_metrics
-
-    @property
-    def logger(self) -> Logger | None:
-        """The first logger, or None."""
-        return self.loggers[0] if self.loggers else None
-
-    @logger.setter
-    def logger(self, logger: Logger | None) -> None:
-        self.loggers = [] if logger is None else [logger]
-
-    @property
-    def log_dir(self) -> str | None:
-        """Where the first logger writes; the root folder without one. The same on every rank."""
-        if not self.loggers:
-            return self.default_root_dir
-        logger = self.loggers[0]
-        return logger.log_dir if logger.log_dir is not None else logger.save_dir
-
-    @property
-    def default_root_dir(self) -> str:
-        """Where logs and checkpoints go by default."""
-        return self._root
-
-    @property
-    def checkpoint_callbacks(self) -> list[Checkpoint]:
-        """The callbacks that write checkpoints."""
-        return [callback for callback in self.callbacks if isinstance(callback, Checkpoint)]
-
-    @property
-    def checkpoint_callback(self) -> Any:
-        """The first of them, or None."""
-        return next(iter(self.checkpoint_callbacks), None)
-
-    @property
-    def early_stopping_callbacks(self) -> list[EarlyStopping]:
-        """The EarlyStopping callbacks."""
-        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
-
-    @property
-    def early_stopping_callback(self) -> EarlyStopping | None:
-        """The first of them, or None."""
-        return next(iter(self.early_stopping_callbacks), None)
-
-    @property
-    def progress_bar_callback(self) -> ProgressBar | None:
-        """The progress bar, or None."""
-        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
-
-    @property
-    def enable_validation(self) -> bool:
-        """Whether fit validates."""
-        module = self.lightning_module
-        return bool(
-            self.limit_val_batches
-            and module is not None
-            and self._source is not None
-            and is_overridden("validation_step", module, LightningModule)
-            and self._source.defines("val", module)
-        )
-
-    @property
-    def training(self) -> bool:
-        """Whether a batch is being trained on, or an epoch of training is in progress."""
-        return self.state.stage is RunningStage.TRAINING
-
-    @property
-    def validating(self) -> bool:
-        """Whether a validation is in progress."""
-        return self.state.stage is RunningStage.VALIDATING
-
-    @property
-    def testing(self) -> bool:
-        """Whether a test is in progress."""
-        return self.state.stage is RunningStage.TESTING
-
-    @property
-    def predicting(self) -> bool:
-        """Whether predictions are in progress."""
-        return self.state.stage is RunningStage.PREDICTING
-
-    @property
-    def sanity_checking(self) -> bool:
-        """Whether the sanity check is in progress."""
-        return self.state.stage is RunningStage.SANITY_CHECKING
-
-    @property
-    def evaluating(self) -> bool:
-        """Whether batches are being scored."""
-        return self.state.stage is not None and self.state.stage.evaluating
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the last call was ended by an exception."""
-        return self.state.status is TrainerStatus.INTERRUPTED
-
-    @property
-    def train_dataloader(self) -> Any:
-        """The training loader of the fit, or None."""
-        return None if self._loader is None else self._loader.loader
-
-    @property
-    def estimated_stepping_batches(self) -> int | float:
-        """How many optimizer steps the fit will take; infinite without a limit. For schedulers in `configure_optimizers`."""
-        if self.max_epochs == -1:
-            return float("inf") if self.max_steps == -1 else self.max_steps
-        if self._loader is None:
-            self.load_training()
-        count = limit_of(self.limit_train_batches, self._loader.length, "limit_train_batches")
-        if count is None:
-            return self.max_steps if self.max_steps != -1 else float("inf")
-        steps = -(-count // self.accumulate_grad_batches) * max(self.max_epochs or 0, 1)
-        return steps if self.max_steps == -1 else min(steps, self.max_steps)
-
 
 def default_logger(root: str) -> Logger:
     """TensorBoard's where it is installed, as in Lightning; else CSV."""
@@ -823,16 +448,12 @@ def _has(callbacks: list[Callback], kind: type) -> Callback | None:
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
-def _checkpoints_last(callbacks: list[Callback]) -> list[Callback]:
-    return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))
-
-
 def _unwrapped(model: Any, fn: str) -> LightningModule:
     module = getattr(model, "_orig_mod", model)
     if not isinstance(module, LightningModule):
         raise TypeError(
-            f"Trainer.{fn}() was given {type(model).__name__} as model; give a LightningModule (wrap an nn.Module in one: see "
-            "'From PyTorch to lightlite' in the README)"
+            f"Trainer.{fn}() was given {type(model).__name__} as model; give a LightningModule (wrap an "
+            "nn.Module in one: see 'From PyTorch to lightlite' in the README)"
         )
     return module
 

@@ -15,13 +15,14 @@ HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch
 
 
 def batch_preparer(trainer: Trainer, module: LightningModule) -> Callable[[Any, int], Any] | None:
-    """A function `(batch, dataloader_idx) -> batch` that brings a batch to the device, or None if nothing is to be done.
+    """A function `(batch, dataloader_idx) -> batch` that brings a batch to the device; None if nothing is to do.
 
     A hook of the data module goes before the module's.
     """
     owners = [owner for owner in (trainer.datamodule, module) if owner is not None]
     before, transfer, after = (
-        next((getattr(owner, name) for owner in owners if is_overridden(name, owner, DataHooks)), None) for name in HOOKS
+        next((getattr(owner, name) for owner in owners if is_overridden(name, owner, DataHooks)), None)
+        for name in HOOKS
     )
     device = trainer.strategy.root_device
     convert = trainer.precision_plugin.input_converter()

@@ -21,7 +21,9 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
             f"{step.__qualname__}(dataloader_iter) is not supported; take (batch, batch_idx) instead"
         )
     if not names and not flexible:
-        raise MisconfigurationException(f"{step.__qualname__} takes no batch; define it as {step.__name__}(self, batch, batch_idx)")
+        raise MisconfigurationException(
+            f"{step.__qualname__} takes no batch; define it as {step.__name__}(self, batch, batch_idx)"
+        )
     return flexible or len(names) > 1
 
 

@@ -84,7 +84,8 @@ class _BatchLoop:
     def _check_signature(self) -> None:
         if len(self.loaders) > 1 and not self._takes_loader:
             raise MisconfigurationException(
-                f"there are {len(self.loaders)} {self.stage.dataloader_prefix} loaders, but {self.word}_step does not say which "
+                f"there are {len(self.loaders)} {self.stage.dataloader_prefix} loaders, but {self.word}_step "
+                "does not say which "
                 f"one a batch is from; define {self.word}_step(self, batch, batch_idx, dataloader_idx=0)"
             )
 
@@ -273,8 +274,8 @@ class PredictionLoop(_BatchLoop):
         """Predict every batch once.
 
         Returns:
-            What `predict_step` returned for each batch, in the loader's order; a list of such lists where there are several
-            loaders; the same on every rank. None with `return_predictions=False`.
+            What `predict_step` returned for each batch, in the loader's order; a list of such lists where there are
+            several loaders; the same on every rank. None with `return_predictions=False`.
         """
         trainer = self.trainer
         trainer.state.stage = self.stage

@@ -1,17 +1,17 @@
 """Fit: for each epoch, for each batch.
 
-    fit start
-      sanity check                      a few validation batches, before anything is trained
-      train start
-        epoch start
-          batch start                   return -1 to skip the rest of the epoch
-            optimizer_step              loops/step.py: training_step, zero_grad, backward, clip
-          schedulers by step, and by epoch after its last batch
-          batch end                     checkpoints by step
-          log values, validate if due
-        epoch end                       checkpoints by epoch
-      train end
-    fit end
+fit start
+  sanity check                      a few validation batches, before anything is trained
+  train start
+    epoch start
+      batch start                   return -1 to skip the rest of the epoch
+        optimizer_step              loops/step.py: training_step, zero_grad, backward, clip
+      schedulers by step, and by epoch after its last batch
+      batch end                     checkpoints by step
+      log values, validate if due
+    epoch end                       checkpoints by epoch
+  train end
+fit end
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightlite import distributed
-from lightlite.data import RankLoader, limit_of
+from lightlite.data import NestLoader, RankLoader, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.loops.batches import batch_preparer
@@ -45,9 +45,7 @@ if TYPE_CHECKING:
 NO_BATCH = object()
 
 
-def run_fit(
-    ranks: Ranks, trainer: Trainer, module: LightningModule, source: DataSource, ckpt_path: str | None
-) -> None:
+def run_fit(ranks: Ranks, trainer: Trainer, module: LightningModule, source: DataSource, ckpt_path: str | None) -> None:
     """Fit on one rank. See `Trainer.fit`."""
     with session(trainer, ranks, TrainerFn.FITTING, module, source, ckpt_path):
         fit = trainer.fit_loop = FitLoop(trainer, module)
@@ -94,6 +92,7 @@ class FitLoop:
         self.progress, self.recorder = trainer.progress, trainer.recorder
         self.results = Results(training=True)
         make_step = TrainStep if module.automatic_optimization else ManualStep
+        assert trainer.training_step is not None
         self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
         self.prepare = batch_preparer(trainer, module)
         self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
@@ -103,7 +102,7 @@ class FitLoop:
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
         self._known_length: float = math.inf
-        self._loader: RankLoader | None = None
+        self._loader: RankLoader | NestLoader | None = None
         self._loaded_in_epoch = 0
         self._validation: EvaluationLoop | None = None
         self._validation_loaded_in_epoch = 0
@@ -154,16 +153,16 @@ class FitLoop:
 
     def _load(self) -> None:
         trainer = self.trainer
-        self._loader = trainer.load_training()
+        loader = self._loader = trainer.load_training()
         self._loaded_in_epoch = self.progress.epoch
-        count = limit_of(trainer.limit_train_batches, self._loader.length, "limit_train_batches")
+        count = limit_of(trainer.limit_train_batches, loader.length, "limit_train_batches")
         self._known_length = math.inf if count is None else self._least_over_ranks(count)
         self.length = trainer.num_training_batches = self._known_length
         self._set_validation_interval()
         if trainer.loggers and self.length < trainer.log_every_n_steps and not trainer.fast_dev_run:
             rank_zero_warn(
-                f"an epoch has {self.length} batches, fewer than log_every_n_steps={trainer.log_every_n_steps}: steps are "
-                "logged across epochs; set a lower log_every_n_steps to see each epoch's"
+                f"an epoch has {self.length} batches, fewer than log_every_n_steps={trainer.log_every_n_steps}: "
+                "steps are logged across epochs; set a lower log_every_n_steps to see each epoch's"
             )
 
     @staticmethod
@@ -171,7 +170,7 @@ class FitLoop:
         counts = distributed.gather_objects(count)
         if len(set(counts)) > 1:
             rank_zero_warn(f"ranks have {counts} training batches; each trains on {min(counts)}, the least of them")
-        return min(counts)
+        return int(min(counts))
 
     def _set_validation_interval(self) -> None:
         trainer, given = self.trainer, self.trainer.val_check_interval
@@ -181,14 +180,14 @@ class FitLoop:
             self._val_every = given
             if given > self.length and trainer.check_val_every_n_epoch is not None and self._validates:
                 raise MisconfigurationException(
-                    f"val_check_interval={given} is more than the {self.length} batches of an epoch; give at most that, or set "
-                    "check_val_every_n_epoch=None to count batches across epochs"
+                    f"val_check_interval={given} is more than the {self.length} batches of an epoch; give at "
+                    "most that, or set check_val_every_n_epoch=None to count batches across epochs"
                 )
         elif self.length == math.inf:
             if given != 1.0:
                 raise MisconfigurationException(
-                    f"val_check_interval={given} is a share of an epoch, but the training loader has no length; give an int, "
-                    "a duration or 1.0"
+                    f"val_check_interval={given} is a share of an epoch, but the training loader has no length; "
+                    "give an int, a duration or 1.0"
                 )
             self._val_every = math.inf
         else:
@@ -258,7 +257,7 @@ class FitLoop:
             return self._looking_ahead(batches, skip)
         return zip(range(skip, int(self.length)), batches, strict=False)
 
-    def _start(self, loader: RankLoader, skip: int) -> Iterator[Any]:
+    def _start(self, loader: RankLoader | NestLoader, skip: int) -> Iterator[Any]:
         """Begin the pass from the random state in which this epoch's order was, or is now, drawn."""
         trainer = self.trainer
         resumed = trainer.resumed_random_states
@@ -344,10 +343,9 @@ class FitLoop:
             Whether the epoch ends here.
         """
         trainer, progress = self.trainer, self.progress
-        if not self.step.micro_batch:
-            if (progress.batches_that_stepped + 1) % self._log_every == 0:
-                self._agree_to_stop()
-                trainer.log_metrics(self.recorder.step_metrics())
+        if (progress.batches_that_stepped + 1) % self._log_every == 0 and not self.step.micro_batch:
+            self._agree_to_stop()
+            trainer.log_metrics(self.recorder.step_metrics())
         if self._validates and not progress.validated and self._validation_due(batch_idx):
             self._validate()
             self._agree_to_stop()
@@ -425,9 +423,9 @@ class FitLoop:
                 continue
             value = None
             if plateau:
-                value = self.recorder.callback_metrics.get(config.monitor)
+                value = self.recorder.callback_metrics.get(str(config.monitor))
                 if value is None:
-                    self._missing(config.monitor, config.strict)
+                    self._missing(str(config.monitor), config.strict)
                     continue
             step[0](config.scheduler, value)
             progress.scheduler_steps += 1

@@ -66,8 +66,8 @@ class DataSource:
             if owner is not None and is_overridden(name, owner, DataHooks):
                 return getattr(owner, name)()
         raise MisconfigurationException(
-            f"there is no loader to {prefix if prefix != 'val' else 'validate'} with: pass one to the call, or define {name}() "
-            f"in {type(module).__name__} or in a LightningDataModule"
+            f"there is no loader to {prefix if prefix != 'val' else 'validate'} with: pass one to the call, or "
+            f"define {name}() in {type(module).__name__} or in a LightningDataModule"
         )
 
 
@@ -117,7 +117,9 @@ def _own_random_state() -> Iterator[None]:
     restore_rng(distributed.broadcast_object(capture_rng() if rank == 0 else None))
 
 
-def _set_up(trainer: Trainer, module: LightningModule, source: DataSource, fn: TrainerFn, ckpt_path: str | None) -> None:
+def _set_up(
+    trainer: Trainer, module: LightningModule, source: DataSource, fn: TrainerFn, ckpt_path: str | None
+) -> None:
     trainer.attach_module_callbacks(module)
     hooks = trainer.hooks = HookTable(trainer, module, trainer.callbacks, Callback, LightningModule)
     datamodule = source.datamodule
@@ -158,8 +160,10 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
         rank_zero_warn(f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing is trained")
     if module.automatic_optimization and len(optimizers) > 1:
         raise MisconfigurationException(
-            f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers, which automatic optimization "
-            "cannot tell when to step; set self.automatic_optimization = False in __init__ and step them in training_step"
+            f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers, which "
+            "automatic optimization "
+            "cannot tell when to step; set self.automatic_optimization = False in __init__ and step them in "
+            "training_step"
         )
     trainer.lr_scheduler_configs = schedulers
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]

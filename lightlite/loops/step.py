@@ -47,7 +47,9 @@ class TrainStep:
         self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), module.optimizer_step)
         zero_grad = next(iter(trainer.hooks.of_module("optimizer_zero_grad")), None)
         owner = module if self._optimizer is None else self._optimizer.optimizer
-        self._clear_gradients: Callable[[], Any] = owner.zero_grad if zero_grad is None else self._zero_grad_hook(zero_grad)
+        self._clear_gradients: Callable[[], Any] = (
+            owner.zero_grad if zero_grad is None else self._zero_grad_hook(zero_grad)
+        )
         self._backward = module.backward if is_overridden("backward", module, LightningModule) else Tensor.backward
         self._before_zero_grad = trainer.hooks.resolve("on_before_zero_grad")
         self._before_backward = trainer.hooks.resolve("on_before_backward")
@@ -113,8 +115,8 @@ class TrainStep:
             self._optimizer_step(self._progress.epoch, batch_idx, self._optimizer, self._closure)
             if not self._closure_ran:
                 raise MisconfigurationException(
-                    f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was trained; call "
-                    "optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
+                    f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was "
+                    "trained; call optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
                 )
             self._progress.optimizer_steps += 1
         self.micro_batch = 0
@@ -182,17 +184,22 @@ class TrainStep:
         if output is None:
             if self._trainer.world_size > 1:
                 raise MisconfigurationException(
-                    f"training_step returned None on rank {self._trainer.global_rank}: a batch cannot be skipped with several "
+                    f"training_step returned None on rank {self._trainer.global_rank}: a batch cannot be "
+                    "skipped with several "
                     "ranks, which would wait for its gradients for ever; return a loss times zero instead"
                 )
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if isinstance(loss, Tensor):
             return loss
-        what = f"a dict with the keys {list(output)}" if isinstance(output, Mapping) else f"{output!r} ({type(output).__name__})"
+        what = (
+            f"a dict with the keys {list(output)}"
+            if isinstance(output, Mapping)
+            else f"{output!r} ({type(output).__name__})"
+        )
         raise MisconfigurationException(
-            f"training_step returned {what}; in automatic optimization return the loss as a tensor, a dict with the loss under "
-            "'loss', or None to skip the batch"
+            f"training_step returned {what}; in automatic optimization return the loss as a tensor, a dict with "
+            "the loss under 'loss', or None to skip the batch"
         )
 
     @staticmethod
@@ -245,7 +252,8 @@ class ManualStep:
         if output is None or isinstance(output, Mapping):
             return {} if output is None else dict(output)
         raise MisconfigurationException(
-            f"training_step returned {output!r} ({type(output).__name__}); in manual optimization return a tensor, a dict or None"
+            f"training_step returned {output!r} ({type(output).__name__}); in manual optimization return a "
+            "tensor, a dict or None"
         )
 
     def _count_step(self, optimizer: Any) -> None:
@@ -263,6 +271,6 @@ def _refuse_automatic_settings(trainer: Trainer) -> None:
         )
     if trainer.accumulate_grad_batches != 1:
         raise MisconfigurationException(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} has no effect in manual optimization; step the optimizer "
-            "every so many batches in training_step instead"
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} has no effect in manual optimization; "
+            "step the optimizer every so many batches in training_step instead"
         )

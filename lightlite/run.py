@@ -1,0 +1,232 @@
+"""What the loops ask of a trainer in the course of one call, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from lightlite import config
+from lightlite.callbacks import Callback, Checkpoint
+from lightlite.data import NestLoader, RankLoader, as_list, check_loader, limit_of, sequential, training_loader
+from lightlite.distributed import Ranks
+from lightlite.facts import TrainerFacts
+from lightlite.hooks import HookTable, is_overridden
+from lightlite.loops.session import DataSource
+from lightlite.module import LightningModule
+from lightlite.progress import RunningStage
+from lightlite.results import Recorder
+from lightlite.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from lightlite.loops.evaluate import PredictionLoop
+    from lightlite.loops.fit import FitLoop
+    from lightlite.trainer import Trainer
+
+SESSION = (
+    "hooks",
+    "training_step",
+    "wrapped_optimizers",
+    "lr_scheduler_configs",
+    "fit_loop",
+    "predict_loop",
+    "lightning_module",
+    "_source",
+    "_launcher",
+    "_loader",
+)
+"""What belongs to one process and one call, and is not sent to other ranks."""
+
+
+class Run(TrainerFacts):
+    """A Trainer's part in a run: taking a place, loading data, logging, and what steps need."""
+
+    hooks: HookTable
+    fit_loop: FitLoop
+    predict_loop: PredictionLoop
+    training_step: Callable[..., Any] | None
+    epoch_random_state: dict[str, Any] | None
+    resumed_random_states: dict[str, Any] | None
+    resumed_window: dict[str, Any]
+    _own_callbacks: list[Callback]
+    _loader: RankLoader | NestLoader | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = dict.fromkeys(SESSION)
+        own.update(wrapped_optimizers=[], lr_scheduler_configs=[])
+        return {**self.__dict__, **own, "recorder": Recorder()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def begin(self, module: LightningModule, source: DataSource) -> None:
+        """A call begins on this rank."""
+        self.lightning_module, self._source = module, source
+        self.recorder.module = module
+        self.recorder.forget()
+        trainer = cast("Trainer", self)
+        module.attach(trainer, self.recorder)
+        if source.datamodule is not None:
+            source.datamodule.trainer = trainer
+        self._anomaly = torch.is_anomaly_enabled()
+        torch.autograd.set_detect_anomaly(self.detect_anomaly or self._anomaly)
+
+    def connect(self, ranks: Ranks) -> None:
+        """Take this rank's place."""
+        self.running_device = self.hardware.devices[ranks.local_rank]
+        self.strategy.connect(self.hardware.accelerator, self.running_device, ranks)
+        self.strategy_is_set_up = True
+        for logger in self.loggers:
+            logger.share(self.strategy.broadcast)
+
+    def end(self) -> None:
+        """The call is over on this rank, well or not."""
+        self.running_device = None
+        self.strategy.disconnect()
+        self.strategy_is_set_up = False
+        self.state.stage = None
+        self.recorder.active = self.recorder.hook = None
+        self.training_step = None
+        for callback in self.callbacks:
+            callback._logs_to = None
+        torch.autograd.set_detect_anomaly(self._anomaly)
+
+    def attach_module_callbacks(self, module: LightningModule) -> None:
+        """Add what `configure_callbacks` returns, in place of callbacks of the same type."""
+        wanted = module.configure_callbacks()
+        wanted = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+        kinds = {type(callback) for callback in wanted}
+        kept = [callback for callback in self._own_callbacks if type(callback) not in kinds]
+        others = [
+            callback
+            for callback in self.callbacks
+            if callback not in self._own_callbacks and type(callback) not in kinds
+        ]
+        self.callbacks = checkpoints_last([*kept, *others, *wanted])
+        for callback in self.callbacks:
+            callback._logs_to = module
+
+    def load(self, stage: RunningStage) -> list[Any]:
+        """The loaders of an evaluation, in order."""
+        prefix = stage.dataloader_prefix
+        loaders = as_list(self._source.request(prefix, self.lightning_module))
+        for loader in loaders:
+            check_loader(loader, f"the {prefix} loader")
+        if self.overfit_batches and prefix == "val":
+            loaders = [sequential(loader) for loader in loaders]
+        return loaders
+
+    def load_training(self) -> RankLoader | NestLoader:
+        """What this rank iterates in training."""
+        loaders = self._source.request("train", self.lightning_module)
+        check_loader(loaders, "the train loader")
+        if self.overfit_batches:
+            loaders = sequential(loaders)
+        self._loader = training_loader(loaders, self.use_distributed_sampler)
+        return self._loader
+
+    def loader_state(self) -> dict[str, Any] | None:
+        """State of the generators that the training loader owns."""
+        return None if self._loader is None else self._loader.state_dict()
+
+    def has_validation(self, module: LightningModule) -> bool:
+        """Whether there is both a validation_step and something to validate on."""
+        step = is_overridden("validation_step", module, LightningModule)
+        loader = self._source is not None and self._source.defines("val", module)
+        if loader and not step:
+            rank_zero_warn(
+                f"there is a val loader, but {type(module).__name__} has no validation_step: nothing is validated"
+            )
+        if step and not loader:
+            rank_zero_warn(
+                f"{type(module).__name__} has a validation_step, but there is no val loader: nothing is validated"
+            )
+        return step and loader
+
+    def note_batches(self, stage: RunningStage, counts: Sequence[int | None]) -> None:
+        """Make the numbers of batches known under `num_<stage>_batches`."""
+        name = {
+            RunningStage.SANITY_CHECKING: "num_sanity_val_batches",
+            RunningStage.VALIDATING: "num_val_batches",
+            RunningStage.TESTING: "num_test_batches",
+            RunningStage.PREDICTING: "num_predict_batches",
+        }[stage]
+        setattr(self, name, [float("inf") if count is None else count for count in counts])
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Hand values to the loggers, on rank zero.
+
+        Args:
+            metrics: Value by key; a key "step" gives the step instead of being logged.
+            step: The x-axis; by default the number of batches after which the optimizer stepped.
+        """
+        if not metrics:
+            return
+        values = dict(metrics)
+        self.recorder.logged.update({key: torch.tensor(value) for key, value in values.items()})
+        given = values.pop("step", None)
+        values.setdefault("epoch", self.current_epoch)
+        if step is None:
+            step = self.progress.batches_that_stepped if given is None else int(given)
+        if self.is_global_zero:
+            for logger in self.loggers:
+                logger.log_metrics(metrics=values, step=step)
+
+    def log_hyperparameters(self) -> None:
+        """Hand the hyper-parameters of the module and the data module to the loggers."""
+        if not self.loggers or not self.enable_autolog_hparams or not self.is_global_zero:
+            return
+        owners = [owner for owner in (self.lightning_module, self.datamodule) if owner is not None]
+        hparams: dict[str, Any] = {}
+        for owner in owners:
+            if owner._log_hyperparams:
+                hparams.update(owner.hparams_initial)
+        for logger in self.loggers:
+            if hparams:
+                logger.log_hyperparams(hparams)
+            logger.log_graph(self.lightning_module)
+            logger.save()
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """See `LightningModule.manual_backward`."""
+        scaler = self.precision_plugin.scaler
+        for hook in self.hooks.resolve("on_before_backward"):
+            hook(loss)
+        self.lightning_module.backward(loss if scaler is None else scaler.scale(loss), *args, **kwargs)
+        self.strategy.sync_gradients(self.lightning_module.parameters())
+        for hook in self.hooks.resolve("on_after_backward"):
+            hook()
+
+    def clip_gradients(self, optimizer: Any, value: float | None, algorithm: str | None) -> None:
+        """See `LightningModule.clip_gradients`."""
+        value = self.gradient_clip_val if value is None else value
+        algorithm = (algorithm or self.gradient_clip_algorithm or "norm").lower()
+        config.check_clipping(value, algorithm)
+        if not value:
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.strategy.clip_gradients(parameters, value, algorithm)
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The training loader of the fit, or None."""
+        return None if self._loader is None else self._loader.loader
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """How many optimizer steps the fit will take, for schedulers; infinite without a limit."""
+        if self.max_epochs == -1:
+            return float("inf") if self.max_steps == -1 else self.max_steps
+        loader = self.load_training() if self._loader is None else self._loader
+        count = limit_of(self.limit_train_batches, loader.length, "limit_train_batches")
+        if count is None:
+            return self.max_steps if self.max_steps != -1 else float("inf")
+        steps = -(-count // self.accumulate_grad_batches) * max(self.max_epochs or 0, 1)
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)
+
+
+def checkpoints_last(callbacks: list[Callback]) -> list[Callback]:
+    """The callbacks in their order, but those that write checkpoints after all others."""
+    return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))

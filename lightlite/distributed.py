@@ -89,9 +89,9 @@ def _device_of(backend: str) -> str:
 def leave() -> None:
     """Dissolve the process group, if there is one.
 
-    The object itself lives on until the next one is left. Gloo's threads need the interpreter's lock to drop the tensors
-    of the last collective, and hold a lock of their own meanwhile, for which the group's destructor would wait: were it to
-    run right after that collective, under the interpreter's lock, neither would ever go on.
+    The object itself lives on until the next one is left. Gloo's threads need the interpreter's lock to drop the
+    tensors of the last collective, and hold a lock of their own meanwhile, for which the group's destructor would
+    wait: were it to run right after that collective, under the interpreter's lock, neither would ever go on.
     """
     if not dist.is_available():
         return

@@ -9,6 +9,7 @@ same keys. The names under which values reach loggers and callbacks follow Light
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ EPOCH_HOOKS = {
     "on_train_epoch_end",
     *(f"on_{stage}_{when}" for stage in ("validation", "test") for when in ("start", "epoch_start", "epoch_end")),
 }
+
+
+ANY_BATCH = Counter({0: 1})
+"""Stands for a rank that has had a batch, as each has in training."""
 
 
 class Place(NamedTuple):
@@ -199,7 +204,7 @@ class Results:
         self.entries: dict[tuple[str | None, str, int | None, bool], Entry] = {}
         self.late: dict[str, float] = {}
         self.epoch_values: dict[Place, tuple[str, float]] = {}
-        self.batches = 0
+        self.batches: Counter[int] = Counter()
         self.in_batch = False
 
     def reset(self) -> None:
@@ -209,7 +214,7 @@ class Results:
                 entry.metric.reset()
         self.entries.clear()
         self.epoch_values.clear()
-        self.batches = 0
+        self.batches.clear()
         self.in_batch = False
 
 
@@ -310,12 +315,9 @@ class Recorder:
                 entry.place: Share(_step_reduction(entry), value, 1.0, *_flags(entry))
                 for entry, value in zip(entries, values, strict=True)
             }
-            gathered = distributed.gather_objects((1, shares))
+            gathered = distributed.gather_objects((ANY_BATCH, shares))
             _agree(gathered)
-            values = [
-                value if entry.rank_zero_only else combine([of_rank[entry.place] for _, of_rank in gathered])
-                for entry, value in zip(entries, values, strict=True)
-            ]
+            values = [combine(_parts(entry.place, gathered)) for entry in entries]
         for entry, value in zip(entries, values, strict=True):
             self._publish_step(entry, value)
             entry.fresh = False
@@ -359,12 +361,12 @@ class Recorder:
         shares |= {
             p: Share("metric", self._path_of(e), 1.0, *_flags(e)) for p, e in entries.items() if e.metric is not None
         }
-        gathered = distributed.gather_objects((results.batches, shares))
+        gathered = distributed.gather_objects((ANY_BATCH if results.training else results.batches, shares))
         _agree(gathered)
         logged, results.late = results.late, {}
         places = dict.fromkeys(place for _, by_place in gathered for place in by_place)
         for place in places:
-            parts = [by_place[place] for _, by_place in gathered if place in by_place]
+            parts = _parts(place, gathered)
             value = self._value_of(place, parts, results)
             self._publish_epoch(place, parts[0], value)
             results.epoch_values[place] = (parts[0].key, value)
@@ -478,12 +480,24 @@ def _step_reduction(entry: Entry) -> str:
     return entry.reduce if isinstance(entry.reduce, str) else "mean"
 
 
-def _agree(gathered: list[tuple[int, Mapping[Place, Share]]]) -> None:
+def _parts(place: Place, gathered: list[tuple[Counter[int], dict[Place, Share]]]) -> list[Share]:
+    """What the ranks have of one value; rank zero's alone, where it alone counts."""
+    parts = [shares[place] for _, shares in gathered if place in shares]
+    return parts[:1] if parts[0].rank_zero_only else parts
+
+
+def _agree(gathered: list[tuple[Counter[int], dict[Place, Share]]]) -> None:
     """Every rank that had batches must have logged the same, but for what rank zero alone logs."""
     everything = {place: share for _, shares in gathered for place, share in shares.items()}
     for rank, (batches, shares) in enumerate(gathered):
-        missing = [place for place, share in everything.items() if place not in shares and not share.rank_zero_only]
-        if batches and missing:
+        missing = [
+            place
+            for place, share in everything.items()
+            if place not in shares
+            and not share.rank_zero_only
+            and (any(batches.values()) if place.dataloader_idx is None else batches[place.dataloader_idx])
+        ]
+        if missing:
             having = [r for r, (_, other) in enumerate(gathered) if missing[0] in other]
             raise MetricError(
                 f"rank {rank} did not log {missing[0].name!r} in {missing[0].hook}, which rank {having[0]} "

@@ -92,7 +92,7 @@ class _BatchLoop:
     def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
         """This rank's batches of one loader, with their indices among all."""
         first, stride = loader.first, loader.stride
-        mine = None if limit is None else len(range(first, limit, stride))
+        mine = None if limit in (None, loader.length) else len(range(first, limit, stride))
         return zip(itertools.count(first, stride), itertools.islice(loader.start(), mine), strict=False)
 
     def _hooks(self, when: str) -> None:
@@ -135,7 +135,7 @@ class _BatchLoop:
                     batch = prepare(batch, loader_idx)
                 recorder.batch = batch
                 results.in_batch = True
-                results.batches += 1
+                results.batches[loader_idx] += 1
                 for hook in starts:
                     hook(batch, batch_idx, *more)
                 recorder.hook = hook_name

@@ -56,7 +56,7 @@ def run_fit(ranks: Ranks, trainer: Trainer, module: LightningModule, source: Dat
         prepare, schedulers = fit.prepare, fit.schedulers
         while not fit.done():
             batch_starts, batch_ends = fit.begin_epoch()
-            for batch_idx, batch in fit.batches():
+            for batch, batch_idx in fit.batches():
                 if prepare is not None:
                     batch = prepare(batch, 0)
                 recorder.batch = batch
@@ -242,8 +242,12 @@ class FitLoop:
         trainer.resumed_window = {}
         return trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
 
-    def batches(self) -> Iterator[tuple[int, Any]]:
-        """This rank's batches of the epoch with their indices, from where a checkpoint left off."""
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        """This rank's batches of the epoch with their indices, from where a checkpoint left off.
+
+        A loader is used up, as a `for` loop would, unless its batches are limited: what it draws from its generator
+        after the last batch decides on the order of the next epoch.
+        """
         progress, loader = self.progress, self._loader
         assert loader is not None
         if progress.epoch_done or (progress.pending and self._finish_pending()):
@@ -255,7 +259,9 @@ class FitLoop:
         self.results.in_batch = True
         if self.length == math.inf:
             return self._looking_ahead(batches, skip)
-        return zip(range(skip, int(self.length)), batches, strict=False)
+        if self.length != loader.length:
+            batches = itertools.islice(batches, int(self.length) - skip)
+        return zip(batches, range(skip, int(self.length)), strict=False)
 
     def _start(self, loader: RankLoader | NestLoader, skip: int) -> Iterator[Any]:
         """Begin the pass from the random state in which this epoch's order was, or is now, drawn."""
@@ -274,7 +280,7 @@ class FitLoop:
         trainer.resumed_random_states = None
         return batches
 
-    def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[int, Any]]:
+    def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[Any, int]]:
         """Fetch one batch ahead where the loader has no length, so that its last batch is known as such."""
         agree = self._ends_may_differ()
         batch = next(batches, NO_BATCH)
@@ -288,7 +294,7 @@ class FitLoop:
             if agree:
                 ends = any(distributed.gather_objects(ends))
             self.length = batch_idx + 1 if ends else math.inf
-            yield batch_idx, batch
+            yield batch, batch_idx
             batch = NO_BATCH if ends else following
         return
 

@@ -51,7 +51,6 @@ class LightningOptimizer:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._closure_first = evaluates_closure_once(optimizer)
         self.scaler: torch.amp.GradScaler | None = None
         self.before_step: Callable[[Optimizer], None] | None = None
         """Set in manual optimization: hooks and counting, which the training step does otherwise."""
@@ -75,19 +74,15 @@ class LightningOptimizer:
         """Step the optimizer; with a gradient scaler, unless gradients overflowed.
 
         Args:
-            closure: Clears gradients, computes the loss and its gradients, and returns it. Handed to the optimizer,
-                unless that is known to begin by evaluating it once, as all of torch's do but LBFGS.
+            closure: Clears gradients, computes the loss and its gradients, and returns it. Without a scaler the
+                optimizer itself calls it, once or (LBFGS) several times.
             kwargs: Handed to the optimizer.
         """
         if self.before_step is not None:
             self.before_step(self.optimizer)
         if self.scaler is not None:
             return self._scaled_step(closure, **kwargs)
-        if closure is None or not self._closure_first:
-            return self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
-        loss = closure()
-        self.optimizer.step(**kwargs)
-        return loss
+        return self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
 
     def _scaled_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         scaler = self.scaler

@@ -108,9 +108,19 @@ class DDPStrategy(Strategy):
         automatic = getattr(module, "automatic_optimization", True)
         if training and automatic and any(parameter.requires_grad for parameter in module.parameters()):
             self._ddp = self._wrap(module)
-            return _named_failures(self._ddp, module)
+            return self._training_step
         _broadcast(tensor for _, tensor in _parameters_and_buffers(module))
         return step
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step through the wrapper; an error about unused parameters names them."""
+        assert self._ddp is not None
+        try:
+            return self._ddp(*args, **kwargs)
+        except RuntimeError as error:
+            if _UNFINISHED in str(error):
+                _raise_with_names(error, self.module)
+            raise
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
         # Without device_ids, which would only make it walk through every batch and copy what is elsewhere.
@@ -169,18 +179,6 @@ class _TrainingStep(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return cast(Any, self.module).training_step(*args, **kwargs)
-
-
-def _named_failures(ddp: DistributedDataParallel, module: nn.Module) -> Callable[..., Any]:
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return ddp(*args, **kwargs)
-        except RuntimeError as error:
-            if _UNFINISHED in str(error):
-                _raise_with_names(error, module)
-            raise
-
-    return training_step
 
 
 def _raise_with_names(error: RuntimeError, module: nn.Module) -> NoReturn:

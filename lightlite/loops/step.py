@@ -16,7 +16,7 @@ from lightlite.errors import MisconfigurationException
 from lightlite.hooks import is_overridden
 from lightlite.loops.calls import with_batch_idx
 from lightlite.module import LightningModule
-from lightlite.optim import LightningOptimizer
+from lightlite.optim import LightningOptimizer, evaluates_closure_once
 
 if TYPE_CHECKING:
     from lightlite.trainer import Trainer
@@ -44,6 +44,7 @@ class TrainStep:
         self._context: Callable[[], AbstractContextManager[Any]] | None = trainer.precision_plugin.forward_context()
         self._scaler = trainer.precision_plugin.scaler
         self._no_sync = trainer.strategy.no_sync
+        self._plain_optimizer = self._steppable_as_by_hand(trainer)
         self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), module.optimizer_step)
         zero_grad = next(iter(trainer.hooks.of_module("optimizer_zero_grad")), None)
         owner = module if self._optimizer is None else self._optimizer.optimizer
@@ -67,6 +68,13 @@ class TrainStep:
         self._batch_idx = 0
         self._outputs: Any = None
         self._closure_ran = False
+
+    def _steppable_as_by_hand(self, trainer: Trainer) -> torch.optim.Optimizer | None:
+        """The optimizer, where `closure()` and `optimizer.step()` are all there is to a step."""
+        optimizer = self._optimizer
+        if optimizer is None or optimizer.scaler is not None or trainer.hooks.of_module("optimizer_step"):
+            return None
+        return optimizer.optimizer if evaluates_closure_once(optimizer.optimizer) else None
 
     def begin_epoch(self) -> None:
         """Begin a new accumulation window, of the length that holds for this epoch."""
@@ -108,19 +116,27 @@ class TrainStep:
             with self._no_sync():
                 self._closure()
             return self._outputs
-        if self._optimizer is None:
+        if self._plain_optimizer is not None:
             self._closure()
-        else:
-            self._closure_ran = False
-            self._optimizer_step(self._progress.epoch, batch_idx, self._optimizer, self._closure)
-            if not self._closure_ran:
-                raise MisconfigurationException(
-                    f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was "
-                    "trained; call optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
-                )
+            self._plain_optimizer.step()
             self._progress.optimizer_steps += 1
+        elif self._optimizer is not None:
+            self._step_by_hook(self._optimizer)
+            self._progress.optimizer_steps += 1
+        else:
+            self._closure()
         self.micro_batch = 0
         return self._outputs
+
+    def _step_by_hook(self, optimizer: LightningOptimizer) -> None:
+        """Step as the module's `optimizer_step` says, or as the optimizer or the gradient scaler needs it."""
+        self._closure_ran = False
+        self._optimizer_step(self._progress.epoch, self._batch_idx, optimizer, self._closure)
+        if not self._closure_ran:
+            raise MisconfigurationException(
+                f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was trained; "
+                "call optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
+            )
 
     def _closure(self) -> Tensor | None:
         self._closure_ran = True

@@ -32,6 +32,14 @@ def assert_mentions(error: BaseException, *fragments: str) -> None:
     assert not missing, f"{type(error).__name__}: {error} does not mention {missing}"
 
 
+def described(settings: dict[str, Any]) -> str:
+    """The settings as a test's name, the same in every process."""
+    plain = (str, int, float, type(None))
+    return ",".join(
+        f"{name}={value if isinstance(value, plain) else type(value).__name__}" for name, value in settings.items()
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "fragments"),
     [
@@ -82,7 +90,7 @@ def assert_mentions(error: BaseException, *fragments: str) -> None:
             ["enable_checkpointing", "ModelCheckpoint"],
         ),
     ],
-    ids=lambda value: "-".join(map(str, value.items())) if isinstance(value, dict) else "",
+    ids=lambda value: described(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], fragments: list[str]) -> None:
     refused(tmp_path, *fragments, **settings)

@@ -436,6 +436,21 @@ def test_one_ranks_wish_to_stop_after_an_epoch_stops_all(tmp_path: Path) -> None
     assert trainer.current_epoch == 2
 
 
+def test_one_ranks_wish_to_stop_within_an_epoch_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_rank == 1 and batch_idx == 1:
+                trainer.should_stop = True
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            (tmp_path / f"stopped{trainer.global_rank}").write_text(str(trainer.global_step))
+
+    trainer = trainer_of(2, tmp_path, max_epochs=50, callbacks=[Stops()])
+    trainer.fit(Net(), regression_loader(8))
+    assert trainer.current_epoch <= 2
+    assert (tmp_path / "stopped0").read_text() == (tmp_path / "stopped1").read_text()
+
+
 def test_a_run_on_two_ranks_resumed_in_an_epoch_ends_like_the_uninterrupted_one(tmp_path: Path) -> None:
     class Drops(Net):
         def __init__(self) -> None:

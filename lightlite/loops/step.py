@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightlite.errors import MisconfigurationException
-from lightlite.hooks import is_overridden
+from lightlite.hooks import HookTable, is_overridden
 from lightlite.loops.calls import with_batch_idx
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, evaluates_closure_once
@@ -46,28 +46,54 @@ class TrainStep:
         self._no_sync = trainer.strategy.no_sync
         self._plain_optimizer = self._steppable_as_by_hand(trainer)
         self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), module.optimizer_step)
-        zero_grad = next(iter(trainer.hooks.of_module("optimizer_zero_grad")), None)
-        owner = module if self._optimizer is None else self._optimizer.optimizer
-        self._clear_gradients: Callable[[], Any] = (
-            owner.zero_grad if zero_grad is None else self._zero_grad_hook(zero_grad)
-        )
-        self._backward = module.backward if is_overridden("backward", module, LightningModule) else Tensor.backward
-        self._before_zero_grad = trainer.hooks.resolve("on_before_zero_grad")
-        self._before_backward = trainer.hooks.resolve("on_before_backward")
-        self._after_backward = trainer.hooks.resolve("on_after_backward")
+        self._clear_gradients = self._compose_clearing(trainer.hooks)
+        self._backward = self._compose_backward(trainer.hooks)
         self._before_step = trainer.hooks.resolve("on_before_optimizer_step")
         self._clipping = trainer.hooks.of_module("configure_gradient_clipping")
         if not self._clipping and trainer.gradient_clip_val:
             self._clipping = (module.configure_gradient_clipping,)
-        self._finishes = True
         self._wants_outputs = bool(trainer.hooks.resolve("on_train_batch_end"))
-        self._window = trainer.accumulate_grad_batches
-        self.micro_batch = 0
+        self.begin_epoch()
         self._stepping = True
         self._batch: Any = None
         self._batch_idx = 0
         self._outputs: Any = None
-        self._closure_ran = False
+
+    def _compose_clearing(self, hooks: HookTable) -> Callable[[], Any]:
+        """What clears the gradients: the optimizer's own zero_grad, where no hook is in the way."""
+        optimizer, before = self._optimizer, hooks.resolve("on_before_zero_grad")
+        override = next(iter(hooks.of_module("optimizer_zero_grad")), None)
+        zero_grad = self._module.zero_grad if optimizer is None else optimizer.optimizer.zero_grad
+        if optimizer is None or (override is None and not before):
+            return zero_grad
+
+        def clear() -> None:
+            for hook in before:
+                hook(optimizer)
+            if override is None:
+                zero_grad()
+            else:
+                override(self._progress.epoch, self._batch_idx, optimizer)
+
+        return clear
+
+    def _compose_backward(self, hooks: HookTable) -> Callable[[Tensor], Any]:
+        """What computes the gradients: `Tensor.backward`, where no hook and no scaler is in the way."""
+        before, after = hooks.resolve("on_before_backward"), hooks.resolve("on_after_backward")
+        overridden = is_overridden("backward", self._module, LightningModule)
+        backward: Callable[..., Any] = self._module.backward if overridden else Tensor.backward
+        scaler = self._scaler
+        if not before and not after and scaler is None:
+            return backward
+
+        def run(loss: Tensor) -> None:
+            for hook in before:
+                hook(loss)
+            backward(loss if scaler is None else scaler.scale(loss))
+            for hook in after:
+                hook()
+
+        return run
 
     def _steppable_as_by_hand(self, trainer: Trainer) -> torch.optim.Optimizer | None:
         """The optimizer, where `closure()` and `optimizer.step()` are all there is to a step."""
@@ -130,16 +156,20 @@ class TrainStep:
 
     def _step_by_hook(self, optimizer: LightningOptimizer) -> None:
         """Step as the module's `optimizer_step` says, or as the optimizer or the gradient scaler needs it."""
-        self._closure_ran = False
-        self._optimizer_step(self._progress.epoch, self._batch_idx, optimizer, self._closure)
-        if not self._closure_ran:
+        runs: list[Tensor | None] = []
+
+        def closure() -> Tensor | None:
+            runs.append(self._closure())
+            return runs[-1]
+
+        self._optimizer_step(self._progress.epoch, self._batch_idx, optimizer, closure)
+        if not runs:
             raise MisconfigurationException(
                 f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was trained; "
                 "call optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
             )
 
     def _closure(self) -> Tensor | None:
-        self._closure_ran = True
         recorder = self._recorder
         outer, recorder.hook = recorder.hook, "training_step"
         if self._context is None:
@@ -154,21 +184,12 @@ class TrainStep:
         if self._wants_outputs:
             self._outputs = self._described(output, loss)
         if self.micro_batch == 1:
-            for hook in self._before_zero_grad:
-                hook(self._optimizer)
             self._clear_gradients()
         if loss is not None:
-            for hook in self._before_backward:
-                hook(loss)
-            self._backward(loss if self._scaler is None else self._scaler.scale(loss))
-            for hook in self._after_backward:
-                hook()
+            self._backward(loss)
         if self._finishes and self._stepping:
             self._finish_gradients()
         return loss
-
-    def _zero_grad_hook(self, hook: Callable[..., Any]) -> Callable[[], None]:
-        return lambda: hook(self._progress.epoch, self._batch_idx, self._optimizer)
 
     def _finish_gradients(self) -> None:
         """Make the gradients those of the whole window, show them to the hooks, clip them."""
@@ -200,9 +221,8 @@ class TrainStep:
         if output is None:
             if self._trainer.world_size > 1:
                 raise MisconfigurationException(
-                    f"training_step returned None on rank {self._trainer.global_rank}: a batch cannot be "
-                    "skipped with several "
-                    "ranks, which would wait for its gradients for ever; return a loss times zero instead"
+                    f"training_step returned None on rank {self._trainer.global_rank}: a batch cannot be skipped with "
+                    "several ranks, which would wait for its gradients for ever; return a loss times zero instead"
                 )
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else None

@@ -5,8 +5,12 @@ Everything here works with one process too, where it costs nothing.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -81,6 +85,15 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
 _left: list[Any] = []
 
 
+@atexit.register
+def _end_threads() -> None:
+    """End the last group's threads while the interpreter still stands, once they have let go of its lock."""
+    leave()
+    if _left:
+        time.sleep(0.01)
+        _left.clear()
+
+
 def _device_of(backend: str) -> str:
     capable = dist.Backend.backend_capability.get(backend, [])
     return next((device for device in capable if device != "cpu"), "cpu")
@@ -108,9 +121,23 @@ def is_joined() -> bool:
     return bool(dist.is_available() and dist.is_initialized())
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, collective calls concern this process only: for when other ranks may be gone."""
+    global _alone
+    outer, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = outer
+
+
 def world_size() -> int:
     """Number of ranks in the group; 1 outside of one."""
-    return dist.get_world_size() if is_joined() else 1
+    return dist.get_world_size() if is_joined() and not _alone else 1
 
 
 def rank() -> int:

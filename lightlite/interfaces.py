@@ -186,8 +186,13 @@ class Strategy(ABC):
         """
 
     def teardown(self) -> None:
-        """Release the wrapper and the device; the module is the user's bare one again."""
+        """Release the wrapper and the device; the module is the user's bare one again, in the host's memory."""
+        if hasattr(self, "module"):
+            self.module.cpu()
         self.accelerator.teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "module"}
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Context in which backward passes leave gradients local, for all but the last of an accumulation."""

@@ -75,7 +75,8 @@ class Trainer(Run):
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: Use deterministic algorithms only; "warn" to be warned of others.
         benchmark: Whether cuDNN looks for the fastest algorithms; None leaves it, but True without `deterministic`.
-        inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`.
+        inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`; within fit, validation is
+            always under the latter.
         use_distributed_sampler: Whether to deal batches out to ranks; False if the data is split by rank already.
         profiler: Accepted for compatibility; None.
         detect_anomaly: Whether autograd looks for the operation that made a NaN.

@@ -104,7 +104,9 @@ class _BatchLoop:
         module, trainer = self.module, self.trainer
         modes = [(part, part.training) for part in module.modules()]
         trainer.strategy.before_evaluation()
-        with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
+        # What a module computes once and keeps, such as a table of positions, has to serve in training afterwards.
+        within_fit = trainer.state.fn is TrainerFn.FITTING
+        with torch.inference_mode() if trainer.inference_mode and not within_fit else torch.no_grad():
             getattr(module, f"on_{self.word}_model_eval")()
             try:
                 yield

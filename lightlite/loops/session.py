@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lightlite import distributed
 from lightlite.callbacks.callback import Callback
@@ -132,6 +133,8 @@ def _set_up(
     restorer = Restorer(trainer, module, datamodule, ckpt_path)
     restorer.restore_module()
     trainer.precision_plugin.convert_module(module)
+    if trainer.sync_batchnorm and trainer.world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
     training = fn is TrainerFn.FITTING
     trainer.training_step = trainer.strategy.setup(module, training)
     if training:
@@ -195,8 +198,9 @@ def _on_exception(trainer: Trainer, error: BaseException) -> None:
     trainer.state.status = TrainerStatus.INTERRUPTED
     try:
         if trainer.hooks is not None:
-            for call in trainer.hooks.of_callbacks("on_exception"):
-                call(error)
+            with distributed.alone():
+                for call in trainer.hooks.of_callbacks("on_exception"):
+                    call(error)
         if trainer.datamodule is not None and hasattr(trainer.datamodule, "on_exception"):
             trainer.datamodule.on_exception(error)
         for logger in trainer.loggers:

@@ -206,7 +206,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def test_top_level_holds_the_fixed_list() -> None:
-    generated = re.compile(r"\..*|build|dist|.*\.egg-info|__pycache__|checkpoints|lightning_logs")
+    generated = re.compile(r"\..*|build|dist|.*\.egg-info|__pycache__|checkpoints|lightning_logs|logs")
     entries = {entry.name for entry in ROOT.iterdir() if not generated.fullmatch(entry.name)}
     files = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
     assert entries == files | {"lightlite", "plugins", "launch", "tests", "benchmarks", "scripts"}

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -213,7 +216,9 @@ class RankLoader:
         elif total is not None:
             length = len(range(self._rank, total, self._world))
         self._dealt = Dealt(source, deal, length)
-        return with_sampler(self.source, self._dealt, unbatched)
+        twin = with_sampler(self.source, self._dealt, unbatched)
+        twin.worker_init_fn = WorkerSeed(self._rank, twin.worker_init_fn)
+        return twin
 
     def _count(self) -> int | None:
         if self._dealt is not None and not self._training:
@@ -302,6 +307,29 @@ class RankLoader:
         batches = getattr(loader, "batch_sampler", None)
         holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
         return list({id(holder): holder for holder in holders}.values())
+
+
+class WorkerSeed:
+    """Random numbers of their own for each rank's loader workers, which torch would seed alike on every rank.
+
+    Args:
+        rank: Rank zero's workers keep what torch gave them.
+        init: The loader's own `worker_init_fn`, called afterwards.
+    """
+
+    def __init__(self, rank: int, init: Callable[[int], None] | None) -> None:
+        self._rank, self._init = rank, init
+
+    def __call__(self, worker_id: int) -> None:
+        """Seed a worker; called within it."""
+        if self._rank:
+            seed = hash((torch.initial_seed(), self._rank)) % 2**63
+            random.seed(seed)
+            torch.manual_seed(seed)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(seed % 2**32)
+        if self._init is not None:
+            self._init(worker_id)
 
 
 def with_sampler(loader: Any, sampler: Any, unbatched: bool) -> Any:

@@ -511,3 +511,20 @@ def test_the_module_may_be_built_late_on_every_rank_and_ends_up_equal(tmp_path: 
 
     trainer_of(2, tmp_path).fit(Late(), regression_loader(4))
     assert (tmp_path / "weight0").read_text() == (tmp_path / "weight1").read_text()
+
+
+def test_loader_workers_of_different_ranks_draw_different_random_numbers(tmp_path: Path) -> None:
+    class Noise(Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(1, dtype=torch.float64)
+
+    class Look(Net):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch
+
+    loader = DataLoader(Noise(), batch_size=1, num_workers=1)
+    drawn = torch.cat(trainer_of(2, tmp_path).predict(Look(), loader))
+    assert len(drawn.unique()) == 8

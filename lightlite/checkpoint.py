@@ -58,11 +58,11 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         }
     if module.hparams:
         checkpoint["hparams_name"] = module._hparams_name
-        checkpoint["hyper_parameters"] = dict(module.hparams)
+        checkpoint["hyper_parameters"] = _plain_hparams(module)
     if datamodule is not None:
         if datamodule.hparams:
             checkpoint["datamodule_hparams_name"] = datamodule._hparams_name
-            checkpoint["datamodule_hyper_parameters"] = dict(datamodule.hparams)
+            checkpoint["datamodule_hyper_parameters"] = _plain_hparams(datamodule)
         state = datamodule.state_dict()
         if state:
             checkpoint[type(datamodule).__qualname__] = state
@@ -72,6 +72,24 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             hook(checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+def _plain_hparams(owner: Any) -> dict[str, Any]:
+    """The hyper-parameters that a checkpoint can hold; what it cannot is left out, and named once."""
+    kept, left_out = {}, []
+    for name, value in owner.hparams.items():
+        try:
+            kept[name] = storage.plain(value)
+        except CheckpointError:
+            left_out.append(name)
+    if left_out and not owner.__dict__.get("_hparams_named"):
+        owner.__dict__["_hparams_named"] = True
+        rank_zero_warn(
+            f"the hyper-parameters {', '.join(left_out)} of {type(owner).__name__} are objects that could only be read "
+            "again by executing code: checkpoints leave them out, so pass them to load_from_checkpoint; "
+            f"save_hyperparameters(ignore={left_out}) silences this"
+        )
+    return kept
 
 
 def _callback_states(trainer: Trainer) -> dict[str, Any]:

@@ -271,13 +271,9 @@ class Limits:
         if isinstance(given, (str, dict, timedelta)):
             self.val_check_time = duration(given, "val_check_interval")
             given = 1.0
-        elif (
-            isinstance(given, bool)
-            or not isinstance(given, (int, float))
-            or given < 0
-            or given != int(given) > 1
-            or (isinstance(given, float) and given > 1.0)
-        ):
+        elif isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given:
+            raise MisconfigurationException(_bad_interval(given))
+        elif isinstance(given, float) and given > 1.0:
             raise MisconfigurationException(_bad_interval(given))
         if self.check_val_every_n_epoch is None and isinstance(given, float) and self.val_check_time is None:
             raise MisconfigurationException(
@@ -286,20 +282,21 @@ class Limits:
             )
         self.val_check_interval = given
 
-    def bound_epochs(self, has_max_time: bool) -> None:
-        """Settle what is left open, at the beginning of a fit."""
-        if self.max_epochs is None:
-            if self.max_steps == -1 and not has_max_time:
-                rank_zero_warn("max_epochs was not set: it is 1000. For training without a limit, set max_epochs=-1.")
-                self.max_epochs = 1000
-            else:
-                self.max_epochs = -1
+
+def bound_epochs(max_epochs: int | None, max_steps: int, has_max_time: bool) -> int:
+    """How many epochs a fit may take: what was asked for, else no limit beside another one, else 1000."""
+    if max_epochs is not None:
+        return max_epochs
+    if max_steps != -1 or has_max_time:
+        return -1
+    rank_zero_warn("max_epochs was not set: it is 1000. For training without a limit, set max_epochs=-1.")
+    return 1000
 
 
 def _bad_interval(given: Any) -> str:
     return (
-        f"val_check_interval={given!r}; give a float from 0.0 to 1.0 (share of an epoch), an int (number of "
-        "batches), or a duration ('00:12:00:00', a dict for timedelta, a timedelta)"
+        f"val_check_interval={given!r}; give a float above 0.0 and up to 1.0 (share of an epoch), an int >= 1 "
+        "(number of batches), or a duration ('00:12:00:00', a dict for timedelta, a timedelta)"
     )
 
 
@@ -378,10 +375,10 @@ def as_instances(given: Any, kind: type[Instance], name: str, more: str = "") ->
         MisconfigurationException: For anything that is none.
     """
     instances = [given] if isinstance(given, kind) else list(given) if isinstance(given, (list, tuple, set)) else None
-    wrong = given if instances is None else next((i for i in instances if not isinstance(i, kind)), None)
-    if instances is None or wrong is not None:
+    wrong = [given] if instances is None else [one for one in instances if not isinstance(one, kind)]
+    if instances is None or wrong:
         raise MisconfigurationException(
-            f"{name}={given!r} holds {wrong!r} ({type(wrong).__name__}); give an instance of lightlite's "
+            f"{name}={given!r} holds {wrong[0]!r} ({type(wrong[0]).__name__}); give an instance of lightlite's "
             f"{kind.__name__}, a list of them, {more or 'or None'}"
         )
     return instances

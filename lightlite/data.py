@@ -150,7 +150,6 @@ class RankLoader:
     Attributes:
         loader: The iterable that this rank iterates; the user's own where there is nothing to deal.
         length: In training, this rank's number of batches; in evaluation, the number over all ranks. None if unknown.
-        indices: In evaluation, which batches are this rank's: `range(rank, …, world)`.
     """
 
     def __init__(self, loader: Any, training: bool, deal: bool = True) -> None:
@@ -224,7 +223,9 @@ class RankLoader:
         if self._dealt is not None and not self._training:
             return _length(self._dealt.source)
         count = _length(self.loader)
-        return -(-count // self._world) if self._passing and self._training and count is not None else count
+        if count is None or not (self._passing and self._training):
+            return count
+        return count // self._world if self._drops_last else -(-count // self._world)
 
     def start(self, skip: int = 0) -> Iterator[Any]:
         """This rank's batches of one pass. A collective call where batches are dealt out.
@@ -403,6 +404,10 @@ def sequential(loader: Any) -> Any:
     """A DataLoader like `loader` without shuffling, for `overfit_batches`."""
     from torch.utils.data import RandomSampler, SequentialSampler
 
+    if is_nest(loader):
+        parts = loader.items() if isinstance(loader, dict) else enumerate(loader)
+        unshuffled = {key: sequential(part) for key, part in parts}
+        return unshuffled if isinstance(loader, dict) else type(loader)(unshuffled.values())
     if not _is_map_style(loader) or not isinstance(loader.sampler, RandomSampler):
         return loader
     order = SequentialSampler(loader.dataset)
@@ -416,7 +421,7 @@ def as_list(loaders: Any) -> list[Any]:
     """A list of loaders from one loader, a sequence or a mapping of them."""
     if isinstance(loaders, dict):
         return list(loaders.values())
-    if isinstance(loaders, (list, tuple)) and all(isinstance(loader, DataLoader) for loader in loaders):
+    if isinstance(loaders, (list, tuple)) and any(isinstance(loader, DataLoader) for loader in loaders):
         return list(loaders)
     return [loaders]
 

@@ -51,6 +51,8 @@ class TrainerFacts:
     detect_anomaly: bool
     barebones: bool
     sync_batchnorm: bool
+    deterministic: bool | str | None
+    benchmark: bool | None
 
     hardware: config.Hardware
     state: TrainerState

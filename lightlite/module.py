@@ -34,7 +34,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
 
     allow_zero_length_dataloader_with_multiple_devices = False
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
-    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder", "_fabric")
+    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -208,10 +208,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         """
         recorder = self.__dict__.get("_recorder")
         if recorder is None:
-            if self.__dict__.get("_fabric") is None:
-                warnings.warn(
-                    f"self.log({name!r}, …) does nothing: the module is not attached to a Trainer", stacklevel=2
-                )
+            warnings.warn(f"self.log({name!r}, …) does nothing: the module is not attached to a Trainer", stacklevel=2)
             return
         recorder.log(
             name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size, rank_zero_only

@@ -114,6 +114,11 @@ class FitProgress:
         self.epoch_open, self.epoch_done, self.batches_in_epoch = True, False, 0
         self.pending = self.validated = self.last_batch = False
 
+    def abandon_epoch(self) -> None:
+        """Forget an epoch that an earlier fit broke off: a fit that restores nothing begins it anew."""
+        self.epoch_open = self.epoch_done = self.pending = self.validated = self.last_batch = False
+        self.batches_in_epoch = 0
+
     def end_epoch(self) -> None:
         """The epoch is over."""
         self.epoch += 1

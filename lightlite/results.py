@@ -289,7 +289,8 @@ class Recorder:
         entry.latest, entry.fresh, entry.reduced = value, True, False
         if entry.on_epoch and entry.metric is None:
             weighed = entry.reduce == "mean" and self.hook in BATCH_HOOKS
-            entry.add(value, (batch_size or self._size_of_batch(name)) if weighed else 1)
+            size = self._size_of_batch(name) if weighed and batch_size is None else batch_size
+            entry.add(value, 1 if not weighed or size is None else size)
 
     def _size_of_batch(self, name: str) -> int:
         if self._measured is None or self._measured[0] is not self.batch:
@@ -342,7 +343,9 @@ class Recorder:
     def _publish_steps(self) -> None:
         """Show this rank's latest values to whoever asks in the middle of an epoch."""
         for entry in self._fresh_steps():
-            self._publish_step(entry, entry.step_value())
+            # A metric without a value of its own for the batch computes one over all ranks, who are not here now.
+            if getattr(entry.metric, "_forward_cache", entry.latest) is not None:
+                self._publish_step(entry, entry.step_value())
 
     def reduce_epoch(self) -> dict[str, float]:
         """Bring values logged on_epoch, and not reduced yet, together over the ranks. A collective call.

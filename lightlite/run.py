@@ -58,14 +58,13 @@ class Run(TrainerFacts):
         own.update(wrapped_optimizers=[], lr_scheduler_configs=[])
         return {**self.__dict__, **own, "recorder": Recorder()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     def begin(self, module: LightningModule, source: DataSource) -> None:
         """A call begins on this rank."""
         self.lightning_module, self._source = module, source
         self.recorder.module = module
         self.recorder.forget()
+        self._loader = None
+        config.set_algorithms(self.deterministic, self.benchmark)
         trainer = cast("Trainer", self)
         module.attach(trainer, self.recorder)
         if source.datamodule is not None:
@@ -87,7 +86,7 @@ class Run(TrainerFacts):
         self.strategy.disconnect()
         self.strategy_is_set_up = False
         self.state.stage = None
-        self.recorder.active = self.recorder.hook = None
+        self.recorder.active = self.recorder.hook = self.recorder.batch = None
         self.training_step = None
         for callback in self.callbacks:
             callback._logs_to = None

@@ -7,7 +7,9 @@ import os
 import tempfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,9 +41,9 @@ def write(checkpoint: Mapping[str, Any], path: PathLike) -> None:
     Raises:
         CheckpointError: Naming the entry that is no plain data, or what the file system said.
     """
-    refuse_objects(checkpoint)
+    content = plain(checkpoint)
     if is_url(path):
-        _write_url(checkpoint, str(path))
+        _write_url(content, str(path))
         return
     target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ def write(checkpoint: Mapping[str, Any], path: PathLike) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(dict(checkpoint), file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -81,47 +83,49 @@ def _write_url(checkpoint: Mapping[str, Any], url: str) -> None:
     import fsspec
 
     buffer = io.BytesIO()
-    torch.save(dict(checkpoint), buffer)
+    torch.save(checkpoint, buffer)
     file_system, path = fsspec.core.url_to_fs(url)
     file_system.makedirs(path.rpartition("/")[0], exist_ok=True)
     file_system.pipe_file(path, buffer.getvalue())
 
 
-def refuse_objects(checkpoint: Any, where: str = "checkpoint") -> None:
-    """Check that everything in a checkpoint can be read again without executing anything.
+def plain(value: Any, where: str = "checkpoint") -> Any:
+    """A copy of `value` made of plain data and tensors only, which can be read again without executing anything.
+
+    NumPy's numbers, paths, and subclasses of str, int, float, list and dict (enumerations, `defaultdict`) become what
+    they stand for.
 
     Raises:
-        CheckpointError: Naming the entry and its type.
+        CheckpointError: Naming the entry that is no plain data, and its type.
     """
-    if isinstance(checkpoint, Mapping):
-        for key, value in checkpoint.items():
-            refuse_objects(value, f"{where}[{key!r}]")
-    elif isinstance(checkpoint, (list, tuple, set, frozenset)):
-        for index, value in enumerate(checkpoint):
-            refuse_objects(value, f"{where}[{index}]")
-    elif not isinstance(checkpoint, _PLAIN):
-        raise CheckpointError(
-            f"{where} is {checkpoint!r} of type {type(checkpoint).__name__}, which a checkpoint cannot hold: it "
-            "could only be "
-            "read again by executing code. Keep numbers, strings, tensors, and lists and dicts of them; leave "
-            "the object out with save_hyperparameters(ignore=[…]) if it is a hyper-parameter"
-        )
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return value
+    if isinstance(value, Mapping):
+        items = {plain(key, f"a key of {where}"): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return OrderedDict(items) if type(value) is OrderedDict else items
+    if isinstance(value, (list, tuple)):
+        parts = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return tuple(parts) if isinstance(value, tuple) and not isinstance(value, torch.Size) else parts
+    if isinstance(value, (set, frozenset)):
+        return {plain(item, f"an item of {where}") for item in value}
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Enum):
+        return plain(value.value, where)
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base(value)
+    raise CheckpointError(
+        f"{where} is {value!r} of type {type(value).__name__}, which a checkpoint cannot hold: it could only be read "
+        "again by executing code. Keep numbers, strings, tensors, and lists and dicts of them"
+    )
 
 
-_PLAIN = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bytearray,
-    torch.Tensor,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-)
+_PLAIN = {
+    type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.Size,
+}  # fmt: skip
 
 
 def read(path: PathLike | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Trainer(Run):
         gradient_clip_val: Clip gradients to this; None for no clipping.
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: Use deterministic algorithms only; "warn" to be warned of others.
-        benchmark: Whether cuDNN looks for the fastest algorithms; None leaves it, but True without `deterministic`.
+        benchmark: Whether cuDNN looks for the fastest algorithms; None leaves it as it is.
         inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`; within fit, validation is
             always under the latter.
         use_distributed_sampler: Whether to deal batches out to ranks; False if the data is split by rank already.
@@ -167,6 +167,7 @@ class Trainer(Run):
         self.enable_autolog_hparams = enable_autolog_hparams
         self._root = os.path.abspath(os.fspath(default_root_dir)) if default_root_dir is not None else os.getcwd()
         self._max_time = None if max_time is None else config.duration(max_time, "max_time")
+        self.deterministic, self.benchmark = deterministic, benchmark
         config.set_algorithms(deterministic, benchmark)
         self.hardware = config.choose_hardware(accelerator, strategy, devices, num_nodes, precision, plugins)
         self._begin_state()
@@ -271,8 +272,7 @@ class Trainer(Run):
         _require(module, "training_step", "(self, batch, batch_idx) that returns a loss")
         _require(module, "configure_optimizers", "(self) that returns an optimizer")
         source = _source("fit", module, datamodule, train=train_dataloaders, val=val_dataloaders)
-        self.limits.bound_epochs(self._max_time is not None)
-        self.max_epochs = self.limits.max_epochs
+        self.max_epochs = config.bound_epochs(self.max_epochs, self.max_steps, self._max_time is not None)
         self.should_stop = False
         path = self._choose_checkpoint("fit", ckpt_path, True)
         self._on_every_rank(run_fit)(self, module, source, path)
@@ -395,6 +395,10 @@ class Trainer(Run):
                     f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint yet; starting from the beginning"
                 )
             return newest
+        if not isinstance(given, (str, os.PathLike)):
+            raise MisconfigurationException(
+                f"Trainer.{fn}(ckpt_path={given!r}) of type {type(given).__name__}; give a path, 'best', 'last' or None"
+            )
         path: str = os.fspath(given)
         storage.require(path)
         return path

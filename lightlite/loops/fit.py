@@ -183,7 +183,7 @@ class FitLoop:
                     f"val_check_interval={given} is more than the {self.length} batches of an epoch; give at "
                     "most that, or set check_val_every_n_epoch=None to count batches across epochs"
                 )
-        elif self.length == math.inf:
+        elif self._loader is not None and self._loader.length is None:
             if given != 1.0:
                 raise MisconfigurationException(
                     f"val_check_interval={given} is a share of an epoch, but the training loader has no length; "
@@ -257,7 +257,7 @@ class FitLoop:
             return iter(())
         batches = self._start(loader, skip)
         self.results.in_batch = True
-        if self.length == math.inf:
+        if loader.length is None:
             return self._looking_ahead(batches, skip)
         if self.length != loader.length:
             batches = itertools.islice(batches, int(self.length) - skip)
@@ -289,7 +289,8 @@ class FitLoop:
                 return
             if batch is NO_BATCH:
                 return
-            following = next(batches, NO_BATCH)
+            limited = batch_idx + 1 >= self._known_length
+            following = NO_BATCH if limited else next(batches, NO_BATCH)
             ends = following is NO_BATCH
             if agree:
                 ends = any(distributed.gather_objects(ends))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,9 @@ from lightlite.utilities.seed import capture_rng, restore_rng
 
 if TYPE_CHECKING:
     from lightlite.trainer import Trainer
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -143,6 +148,8 @@ def _set_up(
         trainer.hooks.call("on_fit_start")
     trainer.log_hyperparameters()
     if training:
+        trainer.progress.abandon_epoch()
+        trainer.resumed_window, trainer.resumed_random_states = {}, None
         restorer.restore_training()
     module.zero_grad()
     trainer.strategy.barrier("run")
@@ -196,16 +203,17 @@ def _teardown_hooks(trainer: Trainer, fn: TrainerFn) -> None:
 def _on_exception(trainer: Trainer, error: BaseException) -> None:
     """Tell callbacks and loggers. What they raise in turn must not hide the error itself."""
     trainer.state.status = TrainerStatus.INTERRUPTED
-    try:
-        if trainer.hooks is not None:
-            with distributed.alone():
-                for call in trainer.hooks.of_callbacks("on_exception"):
-                    call(error)
-        if trainer.datamodule is not None and hasattr(trainer.datamodule, "on_exception"):
-            trainer.datamodule.on_exception(error)
-        for logger in trainer.loggers:
-            logger.finalize("failed")
-        if trainer.strategy_is_set_up:
-            trainer.strategy.teardown()
-    except Exception as further:
-        error.add_note(f"while handling it: {further!r}") if hasattr(error, "add_note") else None
+    calls: list[Callable[[], Any]] = []
+    if trainer.hooks:
+        calls += [functools.partial(call, error) for call in trainer.hooks.of_callbacks("on_exception")]
+    if trainer.datamodule is not None and hasattr(trainer.datamodule, "on_exception"):
+        calls.append(functools.partial(trainer.datamodule.on_exception, error))
+    calls += [functools.partial(logger.finalize, "failed") for logger in trainer.loggers]
+    if trainer.strategy_is_set_up:
+        calls.append(trainer.strategy.teardown)
+    with distributed.alone():
+        for call in calls:
+            try:
+                call()
+            except Exception as further:
+                log.warning("while a %s was handled, this was raised as well: %r", type(error).__name__, further)

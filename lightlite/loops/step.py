@@ -104,22 +104,23 @@ class TrainStep:
 
     def begin_epoch(self) -> None:
         """Begin a new accumulation window, of the length that holds for this epoch."""
-        self.micro_batch, self._window = 0, self._trainer.accumulate_grad_batches
+        self.micro_batch = self._accumulated = 0
+        self._window = self._trainer.accumulate_grad_batches
         self._finishes = bool(self._before_step or self._clipping) or self._window > 1
 
     def state_dict(self) -> dict[str, Any]:
         """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
-        if not self.micro_batch:
+        if not self._accumulated:
             return {}
         parameters = self._module.named_parameters()
         gradients = {name: parameter.grad.cpu().clone() for name, parameter in parameters if parameter.grad is not None}
-        return {"micro_batch": self.micro_batch, "gradients": gradients}
+        return {"micro_batch": self._accumulated, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, after `begin_epoch`."""
         if not state:
             return
-        self.micro_batch = state["micro_batch"]
+        self.micro_batch = self._accumulated = state["micro_batch"]
         for name, parameter in self._module.named_parameters():
             if name in state["gradients"]:
                 parameter.grad = state["gradients"][name].to(parameter.device, parameter.dtype)
@@ -141,7 +142,9 @@ class TrainStep:
         if not self._stepping:
             with self._no_sync():
                 self._closure()
+            self._accumulated = self.micro_batch
             return self._outputs
+        self._accumulated = 0
         if self._plain_optimizer is not None:
             self._closure()
             self._plain_optimizer.step()

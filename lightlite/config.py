@@ -271,9 +271,12 @@ class Limits:
         if isinstance(given, (str, dict, timedelta)):
             self.val_check_time = duration(given, "val_check_interval")
             given = 1.0
-        elif isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given:
-            raise MisconfigurationException(_bad_interval(given))
-        elif isinstance(given, float) and given > 1.0:
+        elif (
+            isinstance(given, bool)
+            or not isinstance(given, (int, float))
+            or not given > 0
+            or (isinstance(given, float) and given > 1.0)
+        ):
             raise MisconfigurationException(_bad_interval(given))
         if self.check_val_every_n_epoch is None and isinstance(given, float) and self.val_check_time is None:
             raise MisconfigurationException(

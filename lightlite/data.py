@@ -282,6 +282,14 @@ class RankLoader:
             restore_rng(own)
         return mine
 
+    def close(self) -> None:
+        """End the persistent workers of this rank's copy of the loader; the user's own keeps its.
+
+        Left to the garbage collector, they are waited for in vain, five seconds each.
+        """
+        if self.loader is not self.source and hasattr(self.loader, "_iterator"):
+            object.__setattr__(self.loader, "_iterator", None)
+
     def _generators(self) -> list[Any]:
         """The random generators that the loader and its samplers own, each once."""
         found = [getattr(holder, "generator", None) for holder in self._holders()]
@@ -487,6 +495,11 @@ class NestLoader:
         """Put back what `state_dict` returned."""
         for part, kept in zip(self._parts, (state or {}).get("parts", ()), strict=False):
             part.load_state_dict(kept)
+
+    def close(self) -> None:
+        """End persistent workers; see `RankLoader.close`."""
+        for part in self._parts:
+            part.close()
 
     def set_epoch(self, epoch: int) -> None:
         """Tell samplers that shuffle by epoch which one it is."""

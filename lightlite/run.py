@@ -35,6 +35,7 @@ SESSION = (
     "lightning_module",
     "_source",
     "_launcher",
+    "open_loaders",
     "_loader",
 )
 """What belongs to one process and one call, and is not sent to other ranks."""
@@ -51,6 +52,7 @@ class Run(TrainerFacts):
     resumed_random_states: dict[str, Any] | None
     resumed_window: dict[str, Any]
     _own_callbacks: list[Callback]
+    open_loaders: list[RankLoader | NestLoader]
     _loader: RankLoader | NestLoader | None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class Run(TrainerFacts):
         self.recorder.module = module
         self.recorder.forget()
         self._loader = None
+        self.open_loaders = []
         config.set_algorithms(self.deterministic, self.benchmark)
         trainer = cast("Trainer", self)
         module.attach(trainer, self.recorder)
@@ -88,6 +91,9 @@ class Run(TrainerFacts):
         self.state.stage = None
         self.recorder.active = self.recorder.hook = self.recorder.batch = None
         self.training_step = None
+        for loader in self.open_loaders:
+            loader.close()
+        self.open_loaders = []
         for callback in self.callbacks:
             callback._logs_to = None
         torch.autograd.set_detect_anomaly(self._anomaly)
@@ -124,6 +130,7 @@ class Run(TrainerFacts):
         if self.overfit_batches:
             loaders = sequential(loaders)
         self._loader = training_loader(loaders, self.use_distributed_sampler)
+        self.open_loaders.append(self._loader)
         return self._loader
 
     def loader_state(self) -> dict[str, Any] | None:

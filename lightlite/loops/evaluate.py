@@ -77,6 +77,7 @@ class _BatchLoop:
         self._context = trainer.precision_plugin.forward_context() or nullcontext
         deal = trainer.use_distributed_sampler
         self.loaders = [RankLoader(loader, training=False, deal=deal) for loader in trainer.load(stage)]
+        trainer.open_loaders += self.loaders
         limit = getattr(trainer, f"limit_{stage.dataloader_prefix}_batches")
         name = f"limit_{stage.dataloader_prefix}_batches"
         self.num_batches = [limit_of(limit, loader.length, name) for loader in self.loaders]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -528,3 +529,12 @@ def test_loader_workers_of_different_ranks_draw_different_random_numbers(tmp_pat
     loader = DataLoader(Noise(), batch_size=1, num_workers=1)
     drawn = torch.cat(trainer_of(2, tmp_path).predict(Look(), loader))
     assert len(drawn.unique()) == 8
+
+
+def test_persistent_workers_end_with_the_call(tmp_path: Path) -> None:
+    loader = DataLoader(regression_loader(4).dataset, num_workers=1, persistent_workers=True)
+    trainer = trainer_of(2, tmp_path)
+    trainer.fit(Net(), loader)
+    began = time.monotonic()
+    trainer.predict(Net(), regression_loader(2))
+    assert time.monotonic() - began < 4  # each worker that was left over cost five seconds

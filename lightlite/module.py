@@ -408,7 +408,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         Args:
             checkpoint_path: Path, URL or open file of a checkpoint of lightlite or Lightning.
             map_location: As for `torch.load`; by default the CPU.
-            hparams_file: YAML file whose hyper-parameters are taken where the checkpoint has none.
+            hparams_file: YAML file whose hyper-parameters are taken instead of the checkpoint's.
             strict: Whether keys must match exactly; by default `strict_loading` of the module.
             weights_only: Accepted for compatibility; nothing in a file is ever executed.
             kwargs: For `__init__`, over the stored hyper-parameters.

@@ -455,6 +455,11 @@ def _has(callbacks: list[Callback], kind: type) -> Callback | None:
 
 def _unwrapped(model: Any, fn: str) -> LightningModule:
     module = getattr(model, "_orig_mod", model)
+    if module is not model:
+        rank_zero_warn(
+            f"Trainer.{fn}() runs the module that was given to torch.compile, uncompiled; compile what it calls "
+            "instead, as in self.net = torch.compile(self.net)"
+        )
     if not isinstance(module, LightningModule):
         raise TypeError(
             f"Trainer.{fn}() was given {type(model).__name__} as model; give a LightningModule (wrap an "

@@ -111,6 +111,15 @@ class FitLoop:
         self._last_validation = time.monotonic()
         self._order: Any = None
 
+    @property
+    def max_epochs(self) -> int | None:
+        """The trainer's; may be set between two calls of fit, to train on."""
+        return self.trainer.max_epochs
+
+    @max_epochs.setter
+    def max_epochs(self, epochs: int) -> None:
+        self.trainer.max_epochs = epochs
+
     def check_sanity(self) -> None:
         """Run a few validation batches, leaving no trace but the errors they reveal."""
         trainer = self.trainer

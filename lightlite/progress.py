@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -79,7 +79,7 @@ class TrainerState:
         return self.status.stopped
 
 
-@dataclass
+@dataclass(slots=True)
 class FitProgress:
     """How far a fit has come. A checkpoint holds it; a resumed fit goes on from it.
 
@@ -126,10 +126,10 @@ class FitProgress:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters as plain data."""
-        return dict(vars(self))
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned; names it does not know are passed over."""
-        for name in vars(self):
-            if name in state:
-                setattr(self, name, state[name])
+        for field in fields(self):
+            if field.name in state:
+                setattr(self, field.name, state[field.name])

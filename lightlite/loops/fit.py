@@ -265,12 +265,17 @@ class FitLoop:
         if skip and skip >= self.length:
             return iter(())
         batches = self._start(loader, skip)
-        self.results.in_batch = True
+        self._enter_batches()
         if loader.length is None:
             return self._looking_ahead(batches, skip)
         if self.length != loader.length:
             batches = itertools.islice(batches, int(self.length) - skip)
         return zip(batches, range(skip, int(self.length)), strict=False)
+
+    def _enter_batches(self) -> None:
+        """From now on what is logged, and not from within another hook, comes from training_step."""
+        self.results.in_batch = True
+        self.recorder.hook = "training_step"
 
     def _start(self, loader: RankLoader | NestLoader, skip: int) -> Iterator[Any]:
         """Begin the pass from the random state in which this epoch's order was, or is now, drawn."""
@@ -322,6 +327,7 @@ class FitLoop:
         """Close the epoch: hooks, then schedulers that watch a value, then loggers."""
         trainer, progress, recorder = self.trainer, self.progress, self.recorder
         logged: dict[str, float] = {}
+        recorder.hook = None
         if not progress.epoch_done:
             progress.epoch_done = True
             logged = recorder.reduce_epoch()
@@ -404,7 +410,7 @@ class FitLoop:
         self._validation_loop(RunningStage.VALIDATING).run()
         trainer.state.stage = RunningStage.TRAINING
         torch.set_grad_enabled(True)
-        self.results.in_batch = True
+        self._enter_batches()
         self.progress.validated = True
         self._last_validation = time.monotonic()
 

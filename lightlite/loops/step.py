@@ -39,7 +39,7 @@ class TrainStep:
     def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
         self._trainer, self._module = trainer, module
         self._training_step = with_batch_idx(training_step, module.training_step)
-        self._progress, self._recorder = trainer.progress, trainer.recorder
+        self._progress = trainer.progress
         self._optimizer: LightningOptimizer | None = next(iter(trainer.wrapped_optimizers), None)
         self._context: Callable[[], AbstractContextManager[Any]] | None = trainer.precision_plugin.forward_context()
         self._scaler = trainer.precision_plugin.scaler
@@ -173,14 +173,11 @@ class TrainStep:
             )
 
     def _closure(self) -> Tensor | None:
-        recorder = self._recorder
-        outer, recorder.hook = recorder.hook, "training_step"
         if self._context is None:
             output = self._training_step(self._batch, self._batch_idx)
         else:
             with self._context():
                 output = self._training_step(self._batch, self._batch_idx)
-        recorder.hook = outer
         loss = output if isinstance(output, Tensor) else self._loss_in(output)
         if self._window > 1 and loss is not None:
             loss = loss / self._window
@@ -262,7 +259,7 @@ class ManualStep:
 
     def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
         self._training_step = with_batch_idx(training_step, module.training_step)
-        self._recorder, self._progress = trainer.recorder, trainer.progress
+        self._progress = trainer.progress
         self._context = trainer.precision_plugin.forward_context() or nullcontext
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
         _refuse_automatic_settings(trainer)
@@ -281,11 +278,8 @@ class ManualStep:
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Run the user's training step; see `TrainStep.__call__`."""
-        recorder = self._recorder
-        outer, recorder.hook = recorder.hook, "training_step"
         with self._context():
             output = self._training_step(batch, batch_idx)
-        recorder.hook = outer
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
         if output is None or isinstance(output, Mapping):

@@ -71,7 +71,10 @@ def run_fit(ranks: Ranks, trainer: Trainer, module: LightningModule, source: Dat
                     fit.step_schedulers(last)
                 for hook in batch_ends:
                     hook(output, batch, batch_idx)
-                if fit.finish_batch(batch_idx):
+                if batch_idx < fit.quiet_until and not trainer.should_stop:
+                    progress.batches_that_stepped += 1
+                    progress.pending = False
+                elif fit.finish_batch(batch_idx):
                     break
             fit.end_epoch()
         fit.end()
@@ -83,6 +86,7 @@ class FitLoop:
     Attributes:
         length: Batches in an epoch on this rank; infinite where unknown, until the last batch is reached.
         step: The training step.
+        quiet_until: Before the batch of that index nothing is due after a batch: no log point, no validation, no end.
         prepare: Brings a batch to the device; None where nothing is to be done.
         schedulers: Learning-rate schedulers, if the loop is to step them.
     """
@@ -108,6 +112,8 @@ class FitLoop:
         self._validation_loaded_in_epoch = 0
         self._validates = bool(trainer.limit_val_batches) and trainer.has_validation(module)
         self._val_every: float = math.inf
+        self.quiet_until: float = 0
+        self._may_be_quiet = False
         self._last_validation = time.monotonic()
         self._order: Any = None
 
@@ -249,6 +255,13 @@ class FitLoop:
         self.step.begin_epoch()
         self.step.load_state_dict(trainer.resumed_window)
         trainer.resumed_window = {}
+        self.quiet_until = 0
+        self._may_be_quiet = (
+            self.module.automatic_optimization
+            and trainer.accumulate_grad_batches == 1
+            and not any(config.reduce_on_plateau for config in self.schedulers)
+            and not (self._validates and (trainer.val_check_time is not None or self._val_every == math.inf))
+        )
         return trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
 
     def batches(self) -> Iterator[tuple[Any, int]]:
@@ -376,7 +389,20 @@ class FitLoop:
                 self.step_plateau_schedulers("step")
             progress.batches_that_stepped += 1
         progress.pending = progress.validated = False
+        self.quiet_until = self._next_look(batch_idx) if self._may_be_quiet else 0
         return (trainer.should_stop and self._stops()) or progress.optimizer_steps >= self._max_steps
+
+    def _next_look(self, batch_idx: int) -> float:
+        """Index of the next batch after which something may be due: a log point, a validation, the last step."""
+        progress = self.progress
+        to_go = min(
+            self._log_every - progress.batches_that_stepped % self._log_every,
+            self._max_steps - progress.optimizer_steps,
+        )
+        if self._validates:
+            counted = progress.batches_total if self.trainer.check_val_every_n_epoch is None else batch_idx + 1
+            to_go = min(to_go, self._val_every - counted % self._val_every)
+        return batch_idx + to_go
 
     def _finish_pending(self) -> bool:
         """Do what a checkpoint taken within a batch's hooks left undone of that batch."""

@@ -434,3 +434,26 @@ def test_a_fit_can_follow_one_that_failed(tmp_path: Path) -> None:
     module.trained.clear()
     quiet_trainer(tmp_path).fit(module, regression_loader(2))
     assert module.trained == batches(1, 2)
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_nothing_that_is_due_is_passed_over_between_quiet_batches(tmp_path: Path, every: int) -> None:
+    logged: list[int] = []
+    validated: list[int] = []
+
+    class Watched(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            validated.append(self.trainer.global_step)
+
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, max_steps=23, log_every_n_steps=every, val_check_interval=5)
+    trainer.log_metrics = lambda metrics, step=None: logged.append(trainer.progress.batches_that_stepped)  # type: ignore[method-assign]
+    trainer.fit(Watched(), regression_loader(10), regression_loader(1))
+    assert trainer.global_step == 23
+    steps = [step for step in range(23) if (step + 1) % every == 0]
+    assert set(steps) <= set(logged)
+    assert sorted(set(validated)) == [5, 10, 15, 20]

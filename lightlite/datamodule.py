@@ -24,8 +24,6 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
     `val_dataloader`, `test_dataloader`, `predict_dataloader`. Semantics are those of Lightning 2.x.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = False
-
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
         self.prepare_data_per_node = True

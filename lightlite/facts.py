@@ -64,7 +64,6 @@ class TrainerFacts:
     ckpt_path: str | None
     running_device: torch.device | None
     strategy_is_set_up: bool
-    start_time: float
     num_training_batches: int | float
     num_sanity_val_batches: list[int | float]
     num_val_batches: list[int | float]

@@ -32,8 +32,6 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
     `predict_step` and the hooks. Names, arguments and order are those of Lightning 2.x.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = False
-    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

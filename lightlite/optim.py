@@ -92,10 +92,10 @@ class LightningOptimizer:
                 "LBFGS evaluates its closure several times a step, which a gradient scaler cannot follow; "
                 "use precision='bf16-mixed' or '32-true' instead of '16-mixed'"
             )
-        loss = None if closure is None else closure()
-        result = scaler.step(self.optimizer, **kwargs) if closure is None or loss is not None else None
-        if result is not None or closure is None or loss is not None:
-            scaler.update()
+        if closure is not None and closure() is None:
+            return None  # training_step skipped the batch
+        result = scaler.step(self.optimizer, **kwargs)
+        scaler.update()
         return result
 
     @contextmanager

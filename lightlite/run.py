@@ -65,8 +65,7 @@ class Run(TrainerFacts):
         self.lightning_module, self._source = module, source
         self.recorder.module = module
         self.recorder.forget()
-        self._loader = None
-        self.open_loaders = []
+        self.__dict__.update(hooks=None, _loader=None, open_loaders=[])
         config.set_algorithms(self.deterministic, self.benchmark)
         trainer = cast("Trainer", self)
         module.attach(trainer, self.recorder)

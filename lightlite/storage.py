@@ -105,7 +105,7 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
         return OrderedDict(items) if type(value) is OrderedDict else items
     if isinstance(value, (list, tuple)):
         parts = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-        return tuple(parts) if isinstance(value, tuple) and not isinstance(value, torch.Size) else parts
+        return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(value, (set, frozenset)):
         return {plain(item, f"an item of {where}") for item in value}
     if hasattr(value, "item") and getattr(value, "shape", None) == ():

@@ -188,7 +188,6 @@ class Trainer(Run):
         self.ckpt_path: str | None = None
         self.running_device: torch.device | None = None
         self.strategy_is_set_up = False
-        self.start_time = 0.0
         self.val_check_batch: int | float | None = None
         self.num_training_batches: int | float = 0
         self.num_sanity_val_batches: list[int | float] = []

@@ -115,7 +115,6 @@ class FitLoop:
         self.quiet_until: float = 0
         self._may_be_quiet = False
         self._last_validation = time.monotonic()
-        self._order: Any = None
 
     @property
     def max_epochs(self) -> int | None:
@@ -158,7 +157,6 @@ class FitLoop:
             self._validation_loop(RunningStage.VALIDATING)
         if self.done():
             return False
-        trainer.start_time = time.monotonic()
         trainer.hooks.call("on_train_start")
         resumed = trainer.resumed_random_states
         if resumed is not None:

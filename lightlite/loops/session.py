@@ -170,10 +170,9 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
         rank_zero_warn(f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing is trained")
     if module.automatic_optimization and len(optimizers) > 1:
         raise MisconfigurationException(
-            f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers, which "
-            "automatic optimization "
-            "cannot tell when to step; set self.automatic_optimization = False in __init__ and step them in "
-            "training_step"
+            f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers, which automatic "
+            "optimization cannot tell when to step; set self.automatic_optimization = False in __init__ and step "
+            "them in training_step"
         )
     trainer.lr_scheduler_configs = schedulers
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]

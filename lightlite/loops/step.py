@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 class TrainStep:
     """Trains on one batch, in automatic optimization.
 
-    The optimizer is given the closure that computes the loss and its gradients, as `torch.optim` documents it.
+    Where nothing else is asked for, that is the hand-written loop's forward, zero_grad, backward and step. An
+    overridden `optimizer_step`, an optimizer that evaluates its closure itself, and a gradient scaler are given all
+    but the step as a closure instead.
 
     Args:
         trainer: For its settings and hooks.

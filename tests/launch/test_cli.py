@@ -63,6 +63,9 @@ batches = iter(DataLoader(Slow(), num_workers=1, prefetch_factor=2))
 next(batches)
 Path(f"ready-{dist.get_rank()}").write_text(str(os.getpid()))
 if dist.get_rank() == int(sys.argv[2]):
+    while not all(Path(f"ready-{rank}").exists() for rank in range(2)):
+        time.sleep(0.05)
+    time.sleep(0.5)  # so that the test has seen them too
     fail(sys.argv[1])
 dist.all_reduce(torch.ones(1))
 """
@@ -75,6 +78,9 @@ if child:
     Path("ready-" + os.environ["RANK"]).write_text(str(os.getpid()))
 if not child or os.environ["RANK"] != sys.argv[2]:
     time.sleep(1000)
+while not all(os.path.exists(f"ready-{rank}") for rank in range(2)):
+    time.sleep(0.05)
+time.sleep(0.5)  # so that the test has seen them too
 if sys.argv[1] == "exit":
     sys.exit(3)
 if sys.argv[1] == "os._exit":

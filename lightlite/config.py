@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -334,6 +335,22 @@ def duration(given: Any, name: str) -> timedelta:
         raise MisconfigurationException(
             f"{name}={given!r}; give 'DD:HH:MM:SS', a dict such as {{'hours': 3}}, or a datetime.timedelta"
         ) from None
+
+
+def patience(given: Any) -> timedelta:
+    """The argument `timeout`: seconds, or whatever `duration` takes.
+
+    Raises:
+        MisconfigurationException: For anything else, and for nothing or less.
+    """
+    is_number = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+    try:
+        span = timedelta(seconds=given) if is_number else duration(given, "timeout")
+    except MisconfigurationException as error:
+        raise MisconfigurationException(f"{error}, or a number of seconds") from None
+    if span <= timedelta(0):
+        raise MisconfigurationException(f"timeout={given!r}; give more than 0 seconds, or None for the default")
+    return span
 
 
 def check_clipping(value: Any, algorithm: Any) -> None:

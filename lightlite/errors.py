@@ -10,6 +10,7 @@
     └── LaunchError                    something about processes
         ├── NotSendableError           an object cannot be sent to the other ranks
         └── RankFailedError            a rank died; carries `rank` and the remote traceback
+            └── RankTimeoutError       a rank kept the others waiting too long (also a TimeoutError)
 
 A user's own exception is never wrapped: it passes through as it was raised.
 """
@@ -74,3 +75,7 @@ class RankFailedError(LaunchError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (str(self), self.rank, self.exitcode, self.remote_traceback))
+
+
+class RankTimeoutError(RankFailedError, TimeoutError):
+    """A rank kept the others waiting for longer than `Trainer(timeout=…)` allows: it hangs, or somebody stopped it."""

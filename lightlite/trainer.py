@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class Trainer(Run):
         default_root_dir: Where logs and checkpoints go; the working directory by default.
         enable_autolog_hparams: Whether hyper-parameters are logged at the start.
         model_registry: Accepted for compatibility.
+        timeout: How long a rank may keep the others waiting before the run is ended, as hanging: seconds, a timedelta,
+            "DD:HH:MM:SS", or a dict of timedelta's arguments. None (default) leaves it to the strategy: 30 minutes.
 
     Raises:
         MisconfigurationException: For a wrong argument, saying what was given and what is allowed.
@@ -136,6 +139,7 @@ class Trainer(Run):
         default_root_dir: str | Path | None = None,
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
+        timeout: float | str | timedelta | dict[str, float] | None = None,
     ) -> None:
         if barebones:
             config.check_barebones(
@@ -170,6 +174,8 @@ class Trainer(Run):
         self.deterministic, self.benchmark = deterministic, benchmark
         config.set_algorithms(deterministic, benchmark)
         self.hardware = config.choose_hardware(accelerator, strategy, devices, num_nodes, precision, plugins)
+        if timeout is not None:
+            self.hardware.strategy.timeout = config.patience(timeout)
         self._begin_state()
         self._launcher = self._start_launcher()
         self.loggers = self._loggers(logger)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
 from lightlite.errors import RankFailedError
-
-_ECHO = re.compile(
-    r"connection (was likely )?(closed|reset|refused)|broken pipe|gloo|nccl|process ?group|tcpstore|store->get|"
-    r"timed out waiting|socket",
-    re.IGNORECASE,
-)
+from lightlite.launch import echoes
 
 
 class OtherRankFailed(RankFailedError):
     """Raised inside of a rank that does not notice; Python makes it there without arguments."""
 
-    def __init__(self, message: str = "another rank failed") -> None:
+    def __init__(
+        self, message: str = "the run has ended: another rank failed, or gave up waiting for this one"
+    ) -> None:
         super().__init__(message)
 
 
@@ -36,10 +32,15 @@ def starts_as_consequence(error: BaseException) -> bool:
     return _is_echo(list(_chain(error))[-1])
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether an exception tells that another rank was waited for in vain."""
+    return any(_is_echo(link) and echoes.is_timeout(str(link)) for link in _chain(error))
+
+
 def _is_echo(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, OtherRankFailed)):
         return True
-    return isinstance(error, RuntimeError) and _ECHO.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and echoes.is_echo(str(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

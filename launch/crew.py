@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import BinaryIO
 
 from lightlite.distributed import Ranks
-from lightlite.launch import messages
+from lightlite.launch import messages, stacks
 from lightlite.launch.messages import Task
-from lightlite.launch.transport import Packed
+from lightlite.launch.transport import Packed, anonymous_file
+
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class Helper:
@@ -38,11 +41,22 @@ class Helper:
         folder = multiprocessing.util.get_temp_dir()
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         program = [sys.executable, *flags, "-m", "lightlite.launch.worker"]
-        command = [*program, str(theirs.fileno()), str(os.getpid()), folder]
+        self._stack = anonymous_file()
+        kept = (theirs.fileno(), self._stack.fileno())
+        command = [*program, str(kept[0]), str(os.getpid()), folder, str(kept[1])]
         with theirs:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),), start_new_session=True
+                command, stdin=subprocess.DEVNULL, env=environ, pass_fds=kept, start_new_session=True
             )
+
+    def stack(self) -> str:
+        """Where the helper is at this moment, as a traceback shows it; empty if it does not say."""
+        return stacks.ask(self.process.pid, self._stack.fileno(), beneath=str(WORKER))
+
+    def close(self) -> None:
+        """Close what connects this process with the helper."""
+        self.connection.close()
+        self._stack.close()
 
     def signal_group(self, number: int) -> None:
         """Send a signal to the helper and to everything it has started, whether it lives itself or not."""
@@ -97,21 +111,28 @@ class Crew:
         helpers, self.helpers = self.helpers, []
         if self.owner != os.getpid():
             return
-        if grace:
+        try:
+            self._ask_to_end(helpers, grace)
+        finally:  # whoever cannot wait any longer, and interrupts, gets the end at once
             for helper in helpers:
-                helper.signal_group(signal.SIGTERM)
-            deadline = time.monotonic() + grace
+                helper.signal_group(signal.SIGKILL)
             for helper in helpers:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    helper.process.wait(max(0.0, deadline - time.monotonic()))
+                    helper.process.wait(5)
+                helper.close()
+
+    @staticmethod
+    def _ask_to_end(helpers: list[Helper], grace: float) -> None:
+        if not grace:
+            return
         for helper in helpers:
-            helper.signal_group(signal.SIGKILL)
+            helper.signal_group(signal.SIGTERM)
+        deadline = time.monotonic() + grace
         for helper in helpers:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                helper.process.wait(5)
-            helper.connection.close()
+                helper.process.wait(max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """In a forked child: close the connections, which are the parent's."""
         for helper in self.helpers:
-            helper.connection.close()
+            helper.close()

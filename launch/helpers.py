@@ -52,6 +52,7 @@ class HelperPool(Launcher):
 
     def __init__(self, local_world_size: int, threads_per_rank: int | None = None) -> None:
         self._shape: Shape = (local_world_size, threads_per_rank)
+        self._watch: Watch | None = None
         if local_world_size > 1:
             with _lock:
                 _pools[self._shape] += 1
@@ -88,10 +89,16 @@ class HelperPool(Launcher):
                 ranks = Ranks(0, 0, 0, size, size, store.address)
                 was_joined = distributed.is_joined()
                 try:
-                    return Watch(crew, store.close).run(lambda: function(ranks, *args))
+                    self._watch = Watch(crew, store.close)
+                    return self._watch.run(lambda: function(ranks, *args))
                 finally:
+                    self._watch = None
                     if not was_joined:
                         distributed.leave()
+
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What `run` is going to raise, where its function raised `error`; see `Launcher.cause_of`."""
+        return error if self._watch is None else self._watch.cause_of(error)
 
     def close(self) -> None:
         """End the helpers. `run` starts them anew, for this pool and for others of its shape."""
@@ -103,7 +110,7 @@ class HelperPool(Launcher):
 
 def _dormant_pool(local_world_size: int, threads_per_rank: int | None) -> HelperPool:
     pool = HelperPool.__new__(HelperPool)
-    pool._shape = (local_world_size, threads_per_rank)
+    pool._shape, pool._watch = (local_world_size, threads_per_rank), None
     return pool
 
 

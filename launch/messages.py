@@ -7,7 +7,7 @@ import pickle
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightlite.distributed import Ranks
@@ -26,36 +26,6 @@ class Task:
     path: list[str]
     folder: str | None
     environ: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Report:
-    """From a helper: what became of the task.
-
-    Attributes:
-        rank: Who reports.
-        pid: Its process id.
-        host: Its machine.
-        when: Time of the end, in seconds of a clock that all processes of the machine share.
-        traceback: The failure as Python prints it; None for success.
-        exception: The exception, pickled, if it can be.
-        exitcode: The code, where the failure was an attempt to exit.
-        consequence: Whether this looks like some other rank's failure, as seen from here.
-    """
-
-    rank: int
-    pid: int
-    host: str
-    when: float
-    traceback: str | None = None
-    exception: bytes | None = field(default=None, repr=False)
-    exitcode: int | None = None
-    consequence: bool = False
-
-    @property
-    def failed(self) -> bool:
-        """Whether the task failed."""
-        return self.traceback is not None
 
 
 def send(connection: socket.socket, message: Any, files: Sequence[int] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import pickle
+import os
 import selectors
 import signal
 import socket
@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import TypeVar
 
 from lightlite import distributed
-from lightlite.errors import RankFailedError
-from lightlite.launch import messages
+from lightlite.launch import messages, reports
 from lightlite.launch.blame import OtherRankFailed, is_consequence, starts_as_consequence
 from lightlite.launch.crew import Crew, Helper
-from lightlite.launch.messages import Report
+from lightlite.launch.reports import Report
 
 T = TypeVar("T")
 
@@ -35,6 +34,12 @@ NOTICE = 1.0
 
 LONG_NOTICE = 20.0
 """The same, where rank 0 may be the one who failed first."""
+
+REMINDER = 5.0
+"""Seconds after which a rank 0 that goes on all the same is told again."""
+
+STOPPED = "it is stopped (SIGSTOP)"
+SILENT = "it does not answer the question where it is"
 
 
 class Watch:
@@ -51,8 +56,9 @@ class Watch:
         self._waiting: dict[socket.socket, Helper] = {helper.connection: helper for helper in crew.helpers}
         self._suspects: list[Report] = []
         self._failure: Report | None = None
+        self._cause: BaseException | None = None
         self._settled = threading.Event()
-        self._returned = threading.Event()
+        self._aware = threading.Event()
         self._abandoned = threading.Event()
         self._lock = threading.Lock()
         self._told = False
@@ -66,37 +72,56 @@ class Watch:
             BaseException: Rank 0's own, or that of the first helper to fail. The helpers are gone by then.
         """
         self._listener.start()
-        failure: Report | None
         try:
             with self._may_be_told():
                 result = call()
             self._settled.wait()
-            failure = self._failure
         except BaseException as error:
-            failure = self._cause_of(error)
+            cause = self.cause_of(error)
             self._abandon()
-            if failure is None:
+            if cause is error:
                 raise
-        if failure is None:
-            self._crew.busy = False
-            return result
-        self._abandon()
-        raise_failure(failure)
+            raise cause from cause.__cause__
+        if self._failure is not None:
+            self._abandon()
+            failed = reports.as_raised(self._failure)
+            raise failed from failed.__cause__
+        self._crew.busy = False
+        return result
 
     def _abandon(self) -> None:
         self._abandoned.set()
-        self._listener.join()
-        self._crew.end(GRACE)
-        distributed.leave()
+        try:
+            self._listener.join()
+        finally:
+            self._crew.end(GRACE)
+            distributed.leave()
 
-    def _cause_of(self, error: BaseException) -> Report | None:
-        """The helper's failure of which rank 0's exception is the consequence; None if it is rank 0's own."""
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What the caller is to learn, where rank 0 raised `error`: that, or another rank's failure behind it.
+
+        Waits for the other ranks' reports, a few seconds at most, where `error` may be the echo of their failure.
+        """
+        if self._cause is None:
+            self._aware.set()
+            self._cause = self._find_cause(error)
+        return self._cause
+
+    def _find_cause(self, error: BaseException) -> BaseException:
         if not is_consequence(error):
-            return None
+            return error
+        with self._lock:
+            self._suspects.append(reports.of_error(0, error))
         self._settled.wait(PATIENCE + GRACE + NOTICE)
-        if self._failure is not None and self._failure.consequence and not starts_as_consequence(error):
-            return None  # the helper's failure is the echo of what rank 0 was dealing with when it lost the others
-        return self._failure
+        failure = self._failure
+        if failure is None:
+            return error
+        if failure.echo and (failure.rank == 0 or not starts_as_consequence(error)):
+            return error  # the helpers' failures are echoes of what rank 0 was dealing with when it lost the others
+        found = reports.as_raised(failure)
+        if failure.rank == 0:
+            found.__cause__ = error  # whose traceback shows where rank 0 was
+        return found
 
     # In the listening thread.
 
@@ -104,7 +129,7 @@ class Watch:
         with selectors.DefaultSelector() as selector:
             for connection in self._waiting:
                 selector.register(connection, selectors.EVENT_READ)
-            while self._waiting and self._failure is None and not self._abandoned.is_set():
+            while (self._waiting or self._suspects) and self._failure is None and not self._abandoned.is_set():
                 for key, _ in selector.select(timeout=0.1):
                     self._hear(self._waiting[key.fileobj])  # type: ignore[index]
                     selector.unregister(key.fileobj)
@@ -112,7 +137,7 @@ class Watch:
                     if helper.process.poll() is not None and not _readable(helper.connection):
                         selector.unregister(helper.connection)
                         self._hear(helper)
-                self._decide()
+                self._failure = self._first_to_fail()
         if self._failure is None:
             self._settled.set()
             return
@@ -127,29 +152,53 @@ class Watch:
         except (EOFError, OSError):
             report = _obituary(helper)
         if report.failed:
-            self._suspects.append(report)
+            with self._lock:
+                self._suspects.append(report)
 
-    def _decide(self) -> None:
-        """Blame the first to fail; one that may only have seen another fail is blamed if no other comes forward."""
-        if not self._suspects:
-            return
-        certain = [report for report in self._suspects if not report.consequence]
-        first = min(certain or self._suspects, key=lambda report: report.when)
-        if certain or not self._waiting or time.monotonic() - first.when > PATIENCE:
-            self._failure = first
+    def _first_to_fail(self) -> Report | None:
+        """Whom to blame, if anybody yet. One that may only have seen another fail is blamed if no other is found."""
+        with self._lock:
+            suspects = sorted(self._suspects, key=lambda report: report.when)
+        certain = [report for report in suspects if not report.echo]
+        if certain or not suspects:
+            return certain[0] if certain else None
+        if any(report.stopped_caller for report in suspects):
+            return reports.of_hanging(0, os.getpid(), STOPPED, suspects)
+        everybody_came = not self._waiting and self._aware.is_set()
+        if not everybody_came and time.monotonic() - suspects[0].when < PATIENCE:
+            return None
+        return self._who_hangs(suspects) if any(report.waited for report in suspects) else suspects[0]
+
+    def _who_hangs(self, suspects: list[Report]) -> Report:
+        """The rank that the others waited for in vain, or all of them if they waited for one another."""
+        for helper in self._waiting.values():
+            pid = helper.process.pid
+            stack = "" if reports.is_stopped(pid) else helper.stack()
+            where = f"it was here:\n{stack}" if stack else STOPPED if reports.is_stopped(pid) else SILENT
+            return reports.of_hanging(helper.rank, pid, where, suspects)
+        if not self._aware.is_set():
+            return reports.of_hanging(0, os.getpid(), "its traceback above shows where it was", suspects)
+        return reports.of_deadlock(suspects)
 
     # Telling a rank 0 that does not notice.
 
     def _tell_caller(self) -> None:
         assert self._failure is not None
-        # A helper that merely lost rank 0 must not disturb it, for it may be busy with a failure of its own.
-        if self._returned.wait(LONG_NOTICE if self._failure.consequence else NOTICE / 2):
+        if self._failure.rank == 0:
+            first = second = 0.0
+        else:
+            # A helper that merely lost rank 0 must not disturb it, for it may be busy with a failure of its own.
+            first, second = LONG_NOTICE if self._failure.echo else NOTICE / 2, NOTICE / 2
+        if self._aware.wait(first):
             return
         self._close_store()
-        if self._returned.wait(NOTICE / 2):
-            return
+        while not self._aware.wait(second):
+            self._interrupt_caller()
+            second = REMINDER
+
+    def _interrupt_caller(self) -> None:
         with self._lock:
-            if self._returned.is_set():
+            if self._aware.is_set():
                 return
             self._told = True
             if self._caller is threading.main_thread():
@@ -167,14 +216,14 @@ class Watch:
             yield
         finally:
             with self._lock:
-                self._returned.set()
+                self._aware.set()
                 if self._told and not in_main:
                     _raise_in(self._caller, None)
             if in_main and previous is not None:
                 signal.signal(signal.SIGURG, previous)
 
     def _on_urgent(self, number: int, frame: FrameType | None) -> None:
-        if self._told and not self._returned.is_set():
+        if self._told and not self._aware.is_set():
             raise OtherRankFailed
 
 
@@ -197,37 +246,4 @@ def _obituary(helper: Helper) -> Report:
     exitcode: int | None = None
     with contextlib.suppress(subprocess.TimeoutExpired):
         exitcode = helper.process.wait(1)
-    return Report(helper.rank, helper.process.pid, socket.gethostname(), time.monotonic(), "", exitcode=exitcode)
-
-
-def describe(failure: Report) -> RankFailedError:
-    """The failure of a helper as an exception that ends with what the helper would have printed."""
-    code = failure.exitcode
-    if code is None:
-        how = "failed" if failure.traceback else "closed its connection"
-    elif code < 0:
-        how = f"was killed by {_signal_name(-code)}"
-    else:
-        how = f"exited with code {code}"
-    headline = f"rank {failure.rank} (host {failure.host}, pid {failure.pid}) {how}"
-    message = f"{headline}:\n{failure.traceback}" if failure.traceback else headline
-    return RankFailedError(message, failure.rank, code, failure.traceback or "")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def raise_failure(failure: Report) -> NoReturn:
-    """Raise what the helper raised, with its own traceback as the cause; a RankFailedError where there is nothing."""
-    cause = describe(failure)
-    original: Any = None
-    if failure.exception is not None:
-        with contextlib.suppress(Exception):  # whatever a user's exception does while it is rebuilt
-            original = pickle.loads(failure.exception)
-    if not isinstance(original, Exception):
-        raise cause
-    raise original from cause
+    return reports.of_lost(helper.rank, helper.process.pid, exitcode)

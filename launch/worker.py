@@ -1,7 +1,8 @@
 """A helper process: it waits for work from the process that started it, and ends with that process.
 
-Run as `python -m lightlite.launch.worker SOCKET PARENT FOLDER`, with the descriptor of a connected socket, the
-process id of the parent, and the folder in which its multiprocessing keeps sockets. It never imports the parent's
+Run as `python -m lightlite.launch.worker SOCKET PARENT FOLDER STACK`, with the descriptor of a connected socket, the
+process id of the parent, the folder in which its multiprocessing keeps sockets, and the descriptor of the file that
+is to show where it hangs. It never imports the parent's
 main module: what it needs of that comes with the work.
 """
 
@@ -19,13 +20,11 @@ import signal
 import socket
 import sys
 import threading
-import time
-import traceback
 
 from lightlite import distributed
-from lightlite.launch import messages, transport
-from lightlite.launch.blame import is_consequence
-from lightlite.launch.messages import Report, Task
+from lightlite.launch import messages, reports, stacks, transport
+from lightlite.launch.messages import Task
+from lightlite.launch.reports import Report
 
 OWN_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "LOCAL_RANK")
 """Environment variables in which a helper may differ from its parent."""
@@ -33,10 +32,12 @@ OWN_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "LOCAL_RANK")
 
 def main() -> None:
     """Serve one task after the other, until the parent is gone."""
-    descriptor, parent, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    descriptor, parent, folder, stack = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
     faulthandler.enable()
+    stacks.answer(stack)
     os.set_inheritable(descriptor, False)
+    os.set_inheritable(stack, False)
     connection = socket.socket(fileno=descriptor)
     os.register_at_fork(after_in_child=connection.close)
     tasks: queue.SimpleQueue[tuple[Task, int]] = queue.SimpleQueue()
@@ -45,11 +46,16 @@ def main() -> None:
     gc.freeze()
     while True:
         task, file = tasks.get()
-        report = _serve(task, file)
+        report = _serve(task, file, parent)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        messages.send(connection, report)
+        try:
+            messages.send(connection, report)
+        except OSError:  # the parent is gone
+            _end(folder)
+        if report.stopped_caller:
+            os.kill(parent, signal.SIGCONT)  # or it would never learn of it
         distributed.leave()
         gc.collect()
 
@@ -70,11 +76,15 @@ def _listen(connection: socket.socket, parent: int, folder: str, tasks: queue.Si
                 except EOFError:
                     break
                 tasks.put((task, file))
+    _end(folder)
+
+
+def _end(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
-def _serve(task: Task, file: int) -> Report:
+def _serve(task: Task, file: int, parent: int) -> Report:
     try:
         _resemble_parent(task)
         try:
@@ -82,9 +92,9 @@ def _serve(task: Task, file: int) -> Report:
         finally:
             os.close(file)
         function(task.ranks, *args)
-        return Report(task.ranks.rank, os.getpid(), socket.gethostname(), time.monotonic())
+        return reports.of_success(task.ranks.rank)
     except BaseException as error:  # an interrupt or sys.exit ends the run as well, and the caller is told so
-        return _report_failure(task.ranks.rank, error)
+        return reports.of_error(task.ranks.rank, error, caller=parent)
 
 
 def _resemble_parent(task: Task) -> None:
@@ -96,23 +106,6 @@ def _resemble_parent(task: Task) -> None:
     for name in os.environ.keys() - wanted.keys():
         del os.environ[name]
     os.environ.update(wanted)
-
-
-def _report_failure(rank: int, error: BaseException) -> Report:
-    when = time.monotonic()
-    # The frame of this module says nothing to a user.
-    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
-    text = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
-    exitcode = None
-    if isinstance(error, SystemExit):
-        exitcode = error.code if isinstance(error.code, int) else int(error.code is not None)
-    pickled = None
-    if isinstance(error, Exception):
-        with contextlib.suppress(Exception):  # then the traceback has to tell it all
-            pickled = transport.pack_small(error)
-    return Report(
-        rank, os.getpid(), socket.gethostname(), when, text, pickled, exitcode, consequence=is_consequence(error)
-    )
 
 
 if __name__ == "__main__":

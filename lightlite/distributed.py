@@ -6,6 +6,7 @@ Everything here works with one process too, where it costs nothing.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 import time
@@ -19,7 +20,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightlite.errors import MisconfigurationException
+
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+START_TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for one another at the beginning, even where they are to be less patient later."""
+WITHDRAW_TIMEOUT = timedelta(seconds=5)
+"""How long a rank that cannot take part tries to reach the others, to say so."""
+
+RANK_VARIABLES = (
+    ("RANK", "LOCAL_RANK"),
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_ID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+)
+"""Where launchers put a process's rank, each beside a variable without which it may be left over from something else."""
 
 _joins = itertools.count()
 
@@ -58,7 +75,8 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
         ranks: This process's place.
         backend: `torch.distributed` backend for the device's tensors, e.g. "gloo" or "nccl". Tensors
             on the CPU always travel by gloo, so that objects need no device.
-        timeout: How long a collective may wait for a missing rank.
+        timeout: How long a collective may wait for a missing rank. To form the group, the ranks wait for
+            `START_TIMEOUT` at least: they may have much to import.
 
     Returns:
         Whether this call formed the group, so that the caller has to `leave` it.
@@ -71,15 +89,45 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
             os.environ.setdefault(variable, loopback)
     backends = backend if backend == "gloo" or ":" in backend else f"cpu:gloo,{_device_of(backend)}:{backend}"
     store: dist.Store
+    patience = max(timeout, START_TIMEOUT)
     if ranks.store is not None:
         host, port = ranks.store
-        store = dist.TCPStore(host, port, ranks.world_size, is_master=False, timeout=timeout)
+        store = dist.TCPStore(host, port, ranks.world_size, is_master=False, timeout=patience)
     else:
-        found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
         # the launcher's store outlives the group, whose addresses the next group must not find there
         store = dist.PrefixStore(f"join{next(_joins)}", found)
+    _check_in(store, ranks, patience)
     dist.init_process_group(backends, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     return True
+
+
+def _check_in(store: dist.Store, ranks: Ranks, patience: timedelta) -> None:
+    """Wait for every rank, and for the word of one that will not come."""
+    store.set(f"here/{ranks.rank}", "")
+    for rank in range(ranks.world_size):
+        store.wait([f"here/{rank}"], patience)
+        if why := store.get(f"here/{rank}").decode():
+            store.set(f"heard/{ranks.rank}", "")
+            raise MisconfigurationException(f"rank {rank} cannot take part: {why}")
+
+
+def withdraw(ranks: Ranks, why: str) -> None:
+    """Tell the ranks that wait in `join` for this one, or will in a few seconds, that it does not come.
+
+    Not every launcher ends the ranks that are left when one has failed.
+
+    Args:
+        ranks: This process's place.
+        why: What the others raise.
+    """
+    with contextlib.suppress(dist.DistError, ValueError):  # nobody is there
+        found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=WITHDRAW_TIMEOUT))
+        store = dist.PrefixStore(f"join{next(_joins)}", found)
+        store.set(f"here/{ranks.rank}", why)
+        store.set(f"heard/{ranks.rank}", "")
+        if ranks.rank == 0:  # it may be the one who keeps the store
+            store.wait([f"heard/{rank}" for rank in range(ranks.world_size)], WITHDRAW_TIMEOUT)
 
 
 _left: list[Any] = []
@@ -144,9 +192,9 @@ def rank() -> int:
     """This process's global rank: the group's, else what the launcher's environment says, else 0."""
     if is_joined():
         return dist.get_rank()
-    for variable in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+    for variable, beside in RANK_VARIABLES:
         value = os.environ.get(variable)
-        if value is not None and value.isdigit():
+        if value is not None and value.isdigit() and beside in os.environ:
             return int(value)
     return 0
 

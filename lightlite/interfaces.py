@@ -296,6 +296,14 @@ class Launcher(ABC):
                 cause. The other ranks are gone by then, and `run` may be called again.
         """
 
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What `run` is going to raise, where its function raised `error` on rank 0.
+
+        Another rank's failure, if `error` is no more than the echo of it, as a collective call that lost a rank; else
+        `error` itself. May wait a few seconds for the other ranks to speak.
+        """
+        return error
+
     @abstractmethod
     def close(self) -> None:
         """End the processes. `run` may start them anew."""
@@ -305,6 +313,8 @@ class ClusterEnvironment(ABC):
     """Somebody who started this process as one rank of many, such as torchrun, Slurm or MPI."""
 
     name: ClassVar[str]
+    command: ClassVar[str] = ""
+    """What to type to start {processes} ranks on each of {nodes} machines, {total} in all; for messages."""
 
     @staticmethod
     @abstractmethod

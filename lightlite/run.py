@@ -14,6 +14,7 @@ from lightlite.data import NestLoader, RankLoader, as_list, check_loader, limit_
 from lightlite.distributed import Ranks
 from lightlite.facts import TrainerFacts
 from lightlite.hooks import HookTable, is_overridden
+from lightlite.interfaces import Launcher
 from lightlite.loops.session import DataSource
 from lightlite.module import LightningModule
 from lightlite.progress import RunningStage
@@ -54,6 +55,7 @@ class Run(TrainerFacts):
     _own_callbacks: list[Callback]
     open_loaders: list[RankLoader | NestLoader]
     _loader: RankLoader | NestLoader | None
+    _launcher: Launcher | None
 
     def __getstate__(self) -> dict[str, Any]:
         own = dict.fromkeys(SESSION)
@@ -81,6 +83,10 @@ class Run(TrainerFacts):
         self.strategy_is_set_up = True
         for logger in self.loggers:
             logger.share(self.strategy.broadcast)
+
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What the caller is to learn of where `error` was raised here; see `Launcher.cause_of`."""
+        return error if self._launcher is None else self._launcher.cause_of(error)
 
     def end(self) -> None:
         """The call is over on this rank, well or not."""

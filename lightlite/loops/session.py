@@ -101,7 +101,7 @@ def session(
             _conclude(trainer, module, fn)
         trainer.state.status = TrainerStatus.FINISHED
     except BaseException as error:
-        _on_exception(trainer, error)
+        _on_exception(trainer, trainer.cause_of(error))
         raise
     finally:
         trainer.end()

@@ -118,7 +118,7 @@ def test_an_exception_that_cannot_be_sent_leaves_its_traceback(pool: HelperPool)
     ("act", "exitcode", "words"),
     [
         (lambda: os._exit(3), 3, "exited with code 3"),
-        (lambda: sys.exit(4), 4, "exited with code 4"),
+        (lambda: sys.exit(0), 0, "exited with code 0:"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), -9, "was killed by SIGKILL"),
     ],
     ids=["os._exit", "sys.exit", "SIGKILL"],
@@ -130,6 +130,17 @@ def test_a_helper_that_ends_is_named_with_its_exit_code(
     assert type(error) is RankFailedError
     assert (error.rank, error.exitcode) == (2, exitcode)
     assert re.match(rf"rank 2 \(host \S+, pid \d+\) {words}", str(error))
+
+
+def test_a_helper_that_asks_to_exit_makes_the_caller_exit_with_its_code(
+    pool: HelperPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fail(pool, lambda: sys.exit(4))
+    assert type(error) is SystemExit
+    assert error.code == 4
+    told = capsys.readouterr().err
+    assert re.match(r"rank 2 \(host \S+, pid \d+\) exited with code 4:\nTraceback", told)
+    assert told.endswith("SystemExit: 4\n")
 
 
 def test_a_rank_zero_that_hangs_in_python_is_told(pool: HelperPool) -> None:

@@ -1,0 +1,68 @@
+"""Where a process is that cannot be asked, for it hangs: its main thread's stack, by way of a signal.
+
+The standard library's faulthandler answers the signal from outside of the interpreter, so even a process that holds
+the interpreter's lock for good tells where. It uses the standard library only.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import time
+import traceback
+
+SIGNAL = signal.SIGURG
+"""Nobody uses it, and a process that does not listen ignores it."""
+
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$', re.MULTILINE)
+
+
+def answer(file: int) -> None:
+    """From now on, write this process's stack to an open file whenever the signal comes."""
+    faulthandler.register(SIGNAL, file=file, all_threads=False)
+
+
+def ask(pid: int, file: int, beneath: str = "", seconds: float = 1.0) -> str:
+    """The stack of a process that answers to `file`, as a traceback shows it; empty if there was no answer.
+
+    Args:
+        pid: The process.
+        file: Its file; the two share its position.
+        beneath: As for `readable`.
+        seconds: How long to wait for the answer.
+        beneath: As for `readable`.
+    """
+    start = os.fstat(file).st_size
+    try:
+        os.kill(pid, SIGNAL)
+    except ProcessLookupError:
+        return ""
+    deadline = time.monotonic() + seconds
+    text = ""
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        now = os.pread(file, 2**16, start).decode(errors="replace")
+        if now and now == text:
+            break
+        text = now
+    return readable(text, beneath)
+
+
+def readable(text: str, beneath: str = "") -> str:
+    """Faulthandler's account of a stack as a traceback: the innermost call last, with the lines of the source.
+
+    Args:
+        text: What faulthandler wrote.
+        beneath: Frames up to and including the last one of this file are left out.
+    """
+    frames = [
+        traceback.FrameSummary(found["file"], int(found["line"]), found["name"]) for found in _FRAME.finditer(text)
+    ]
+    frames.reverse()
+    for index in range(len(frames) - 1, -1, -1):
+        if beneath and frames[index].filename == beneath:
+            frames = frames[index + 1 :]
+            break
+    return "".join(traceback.format_list(frames)).rstrip()

@@ -19,6 +19,9 @@ LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 10000
 """Range of derived ports: below those that systems hand out to clients."""
 
+SLURM_SPECIAL_STEPS = 0xFFFFFFF0
+"""From here on Slurm numbers what is no step of srun: the batch script, an interactive shell."""
+
 _loopback_store: TCPStore | None = None
 
 
@@ -26,6 +29,7 @@ class TorchElasticEnvironment(ClusterEnvironment):
     """Ranks made by `torchrun` or `python -m lightlite.launch`, or variables set by hand in their way."""
 
     name = "torchelastic"
+    command = "torchrun --nnodes {nodes} --nproc-per-node {processes} train.py"
 
     @staticmethod
     def detect() -> bool:
@@ -62,6 +66,7 @@ class KubernetesEnvironment(ClusterEnvironment):
     """Pods of a Kubernetes PyTorchJob that run one process each: RANK is the pod's."""
 
     name = "kubernetes"
+    command = "torchrun --nnodes {nodes} --nproc-per-node {processes} train.py"
 
     @staticmethod
     def detect() -> bool:
@@ -88,6 +93,7 @@ class SlurmEnvironment(ClusterEnvironment):
     """Tasks started by Slurm's `srun`."""
 
     name = "slurm"
+    command = "srun --nodes {nodes} --ntasks-per-node {processes} python train.py"
 
     @staticmethod
     def detect() -> bool:
@@ -96,9 +102,12 @@ class SlurmEnvironment(ClusterEnvironment):
         Not so in an interactive shell, in a batch script outside of srun (which has the variables of a task but is
         alone), and under an mpirun that uses srun to get to its hosts.
         """
+        step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
         return (
             _are_set("SLURM_PROCID", "SLURM_NTASKS")
-            and ("SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ)
+            and step.isdigit()
+            and int(step) < SLURM_SPECIAL_STEPS
+            and "SLURM_PTY_PORT" not in os.environ
             and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
             and not any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
         )
@@ -151,6 +160,7 @@ class MPIEnvironment(ClusterEnvironment):
     """Processes started by `mpirun`: Open MPI, MVAPICH2, MPICH, Intel MPI."""
 
     name = "mpi"
+    command = "mpirun -np {total} --map-by ppr:{processes}:node python train.py"
 
     FLAVOURS = (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -168,8 +178,8 @@ class MPIEnvironment(ClusterEnvironment):
 
     @staticmethod
     def detect() -> bool:
-        """Whether one of the MPI implementations' variables for rank and size are set."""
-        return MPIEnvironment._variables() is not None
+        """Whether one of the MPI implementations' variables for rank and size are set, and not by LSF's jsrun."""
+        return MPIEnvironment._variables() is not None and not LSFEnvironment.detect()
 
     def ranks(self) -> Ranks:
         """This process's place; machines are taken to be filled one after the other (`--map-by slot`).
@@ -202,6 +212,7 @@ class LSFEnvironment(ClusterEnvironment):
     """Tasks started by LSF's `jsrun`."""
 
     name = "lsf"
+    command = "jsrun --nrs {total} --tasks_per_rs 1 --rs_per_host {processes} python train.py"
 
     @staticmethod
     def detect() -> bool:

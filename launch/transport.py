@@ -8,12 +8,15 @@ receiver maps copy-on-write: any number of receivers share one copy, and nothing
 from __future__ import annotations
 
 import copyreg
+import importlib
 import io
 import mmap
 import os
 import pickle
 import sys
 import tempfile
+import threading
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +25,16 @@ from typing import Any, BinaryIO, cast
 import cloudpickle
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
+
+from lightlite.launch import modules
 
 ALIGNMENT = 64
 """Bytes; what the widest vector instructions and torch's own allocator ask for."""
 
 FILE_TYPES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
+LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,12 @@ class Packed:
     Attributes:
         skeleton: The pickle, without the bytes of tensors and arrays.
         places: `(offset, length)` in the file of each of those, in bytes, in the order in which they are asked for.
+        reloads: Modules that the sender has loaded again, so that a receiver that knows them does so too.
     """
 
     skeleton: bytes
     places: tuple[tuple[int, int], ...]
+    reloads: tuple[tuple[str, int], ...] = ()
 
 
 def anonymous_file() -> BinaryIO:
@@ -52,6 +61,9 @@ def anonymous_file() -> BinaryIO:
 
 def pack(value: Any, file: BinaryIO, *, outputs: bool = False) -> Packed:
     """Take `value` apart, appending the bytes of its tensors and arrays to `file`, which is unbuffered.
+
+    What belongs to one process arrives as its like: a lock arrives unlocked, a DataLoader without its running workers,
+    an open file opened again where it was, a tensor that was computed without the history of its computation.
 
     Args:
         value: Anything that cloudpickle can pickle. Tensors on a device are packed as tensors on the CPU.
@@ -65,7 +77,8 @@ def pack(value: Any, file: BinaryIO, *, outputs: bool = False) -> Packed:
     buffers: list[pickle.PickleBuffer] = []
     skeleton = io.BytesIO()
     _Pickler(skeleton, buffers, outputs).dump(value)
-    return Packed(skeleton.getvalue(), tuple(_append(file, buffer.raw()) for buffer in buffers))
+    places = tuple(_append(file, buffer.raw()) for buffer in buffers)
+    return Packed(skeleton.getvalue(), places, () if outputs else modules.count_reloads())
 
 
 def pack_small(result: Any) -> bytes:
@@ -86,6 +99,7 @@ def unpack(packed: Packed, mapped: memoryview) -> Any:
         packed: What `pack` returned.
         mapped: The file, as from `map_private`. Tensors and arrays are views of it, and keep it alive.
     """
+    modules.catch_up(packed.reloads)
     return pickle.loads(packed.skeleton, buffers=[mapped[start : start + size] for start, size in packed.places])
 
 
@@ -115,6 +129,14 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         super().__init__(file, protocol=5, buffer_callback=None if buffers is None else keep)
         self._outputs = outputs
         self._on_cpu: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._by_value: list[types.ModuleType] = []
+
+    def dump(self, obj: Any) -> None:
+        try:
+            super().dump(obj)
+        finally:
+            for module in self._by_value:
+                cloudpickle.unregister_pickle_by_value(module)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.storage.TypedStorage):
@@ -125,19 +147,38 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if self._outputs and type(obj) is torch.Tensor and _is_part(obj):
             whole = obj.detach().clone(memory_format=torch.contiguous_format)
             return whole.requires_grad_(obj.requires_grad).__reduce_ex__(5)
-        if isinstance(obj, np.memmap) and isinstance(obj.base, mmap.mmap) and obj.filename:
-            order = "F" if np.isfortran(obj) else "C"
-            mode = "r+" if obj.mode == "w+" else obj.mode
-            return np.memmap, (os.fspath(obj.filename), obj.dtype, mode, obj.offset, obj.shape, order)
+        if self._outputs and type(obj) is np.ndarray and not obj.flags.forc and not obj.dtype.hasobject:
+            return np.ascontiguousarray(obj).__reduce_ex__(5)  # by itself it would go into the pickle
+        if isinstance(obj, np.ndarray) and (mapped := _mapped_from_disk(obj)) is not None:
+            return _reduced_map(obj, mapped)
         if isinstance(obj, DataLoader) and getattr(obj, "_iterator", None) is not None:
             return _without_workers(obj)
         if isinstance(obj, FILE_TYPES) and _is_on_disk(obj):
             return _reduced_file(obj)
+        if isinstance(obj, torch.nn.Module) and parametrize.is_parametrized(obj):
+            return _reduced_parametrized(obj)
+        if type(obj) in LOCKS and not self._outputs:
+            return LOCKS[type(obj)], ()
+        if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
+        if isinstance(obj, types.FunctionType) and (compiler := _compiler_of(obj)) is not None:
+            return _compiled, (compiler, obj._torchdynamo_orig_callable)  # type: ignore[attr-defined]
+        if isinstance(obj, (type, types.FunctionType)):
+            self._look_for_module_of(obj)
         reduced = super().reducer_override(obj)
         if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == 6:
             _complete.add(obj)
             return (*reduced[:5], _ClassSetter(reduced[5], overwrite=not self._outputs))
         return reduced
+
+    def _look_for_module_of(self, obj: Any) -> None:
+        """Have the functions and classes of a module that cannot be imported elsewhere travel by value."""
+        module = sys.modules.get(obj.__module__ or "")
+        if module is None or modules.can_be_imported(obj.__module__) or module in self._by_value:
+            return
+        if obj.__module__ not in cloudpickle.list_registry_pickle_by_value():
+            cloudpickle.register_pickle_by_value(module)
+            self._by_value.append(module)
 
     def _shareable(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The storage itself, or its copy on the CPU: one and the same for all tensors that share it."""
@@ -187,6 +228,54 @@ class _ClassSetter:
         if self.overwrite and cls.__module__ == "__main__" and "." not in cls.__qualname__:
             # Loader workers pickle what they return by reference, so the name has to lead to the class.
             setattr(sys.modules["__main__"], cls.__qualname__, cls)
+
+
+def _mapped_from_disk(array: np.ndarray[Any, Any]) -> np.memmap[Any, Any] | None:
+    """The mapped file that an array is a view of, if it is."""
+    base: Any = array
+    while isinstance(base, np.ndarray) and not isinstance(base.base, mmap.mmap):
+        base = base.base
+    return base if isinstance(base, np.memmap) and base.filename else None
+
+
+def _reduced_map(array: np.ndarray[Any, Any], mapped: np.memmap[Any, Any]) -> Any:
+    if array is mapped:
+        order = "F" if np.isfortran(array) else "C"
+        mode = "r+" if mapped.mode == "w+" else mapped.mode
+        return np.memmap, (str(mapped.filename), mapped.dtype, mode, mapped.offset, mapped.shape, order)
+    offset = array.ctypes.data - mapped.ctypes.data
+    return _part_of_map, (type(array), mapped, array.shape, array.dtype, offset, array.strides)
+
+
+def _part_of_map(kind: type, mapped: Any, shape: Any, dtype: Any, offset: int, strides: Any) -> Any:
+    return np.ndarray(shape, dtype, mapped, offset, strides).view(kind)
+
+
+def _reduced_parametrized(module: torch.nn.Module) -> Any:
+    """Torch refuses to pickle the class that it makes for a parametrized module, but can make it again."""
+    names = tuple(cast("torch.nn.ModuleDict", module.parametrizations))
+    cls = parametrize.type_before_parametrizations(module)
+    return _parametrized, (cls, names), getattr(cls, "__getstate__", vars)(module)
+
+
+def _parametrized(cls: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
+    module = cls.__new__(cls)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _compiler_of(function: types.FunctionType) -> Any:
+    """What `torch.compile` made `function` with; None for a function that it did not make."""
+    if not hasattr(function, "_torchdynamo_orig_callable"):
+        return None
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return cells["self"].cell_contents if "self" in cells else None
+
+
+def _compiled(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    return compiler(function)
 
 
 def _without_workers(loader: DataLoader[Any]) -> Any:

@@ -7,7 +7,9 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightlite.launch.transport import can_be_sent
 
@@ -38,8 +40,20 @@ def _explain(name: str, value: Any, error: Exception) -> str:
         seen.add(id(value))
     where = f"{owner} `{label}`" if owner else f"`{label}`"
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    advice = "make it where it is used, or leave it out of the object's pickle (`__getstate__`)"
-    return f"{where} of type {kind} cannot be sent to the other ranks: {error}; {advice}"
+    return f"{where} of type {kind} cannot be sent to the other ranks: {error}; {_advice(value)}"
+
+
+def _advice(value: Any) -> str:
+    if isinstance(value, types.GeneratorType):
+        return (
+            "keep a list, or the function that makes it, and start it in a hook that every rank runs, such as setup()"
+        )
+    if isinstance(value, _BaseDataLoaderIter):
+        return "keep the DataLoader itself, and call iter() on it in a hook that every rank runs, such as setup()"
+    return (
+        "make it in a hook that every rank runs, such as setup(), or leave it out of the object's pickle "
+        "(`__getstate__`)"
+    )
 
 
 def _culprits(value: Any, seen: set[int]) -> Iterator[tuple[str, str, Any, Exception]]:
@@ -60,6 +74,8 @@ def _children(value: Any) -> Iterator[tuple[str, str, Any]]:
     elif isinstance(value, types.MethodType):
         yield ".__self__", "__self__", value.__self__
         yield from _children(value.__func__)
+    elif isinstance(value, torch.jit.ScriptModule):
+        return
     elif isinstance(value, types.FunctionType):
         yield from _reached_by(value)
     elif isinstance(value, type):
@@ -79,12 +95,12 @@ def _reached_by(function: Callable[..., Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """What is pickled of an object, under the names a user would write."""
+    """What is pickled of an object, under the names a user would write; nothing of one that refuses by itself."""
     try:
         reduced = value.__reduce_ex__(5)
-        state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
     except Exception:
-        state = getattr(value, "__dict__", None)
+        return {}
+    state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
     if isinstance(state, tuple) and len(state) == 2:
         state = {**(state[0] or {}), **(state[1] or {})}
     attributes = dict(state) if isinstance(state, dict) else {}

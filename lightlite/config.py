@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Accelerator, ClusterEnvironment, Precision, Strategy
@@ -91,7 +92,7 @@ def choose_hardware(
         ranks, launched = Ranks(world_size=len(ids), local_world_size=len(ids)), False
     else:
         launched = True
-        _check_topology(ranks, ids, num_nodes, devices)
+        _check_topology(environment, ranks, ids, num_nodes, devices)
     policy = _strategy(strategy, ranks.world_size)
     if policy.launcher is None and ranks.world_size > 1:
         raise MisconfigurationException(
@@ -109,17 +110,33 @@ def choose_hardware(
     )
 
 
-def _check_topology(ranks: Ranks, ids: list[int], num_nodes: int, devices: Any) -> None:
+def _check_topology(environment: Any, ranks: Ranks, ids: list[int], num_nodes: int, devices: Any) -> None:
+    """Compare what was started with what was asked for; the other ranks hear of it where this one leaves.
+
+    Raises:
+        MisconfigurationException: With expected and actual numbers, and the command that would start the expected.
+    """
+    nodes = ranks.num_nodes if num_nodes == 1 else num_nodes  # 1 is the default, and says nothing
+    if len(ids) == ranks.local_world_size and nodes == ranks.num_nodes:
+        return
     if len(ids) != ranks.local_world_size:
-        raise MisconfigurationException(
-            f"devices={devices!r} asks for {len(ids)} processes on a machine, but {ranks.local_world_size} were "
-            "started; start as many as there are devices, or leave devices out"
-        )
-    if num_nodes not in (1, ranks.num_nodes):
-        raise MisconfigurationException(
-            f"num_nodes={num_nodes}, but the {ranks.world_size} started processes make {ranks.num_nodes} machines of "
-            f"{ranks.local_world_size}; leave num_nodes out, or start processes on {num_nodes} machines"
-        )
+        expected = f"devices={devices!r} expects {_counted(len(ids), 'process', 'es')} on each machine"
+        actual = f"{environment.name} started {ranks.local_world_size} on this one ({ranks.world_size} in all)"
+        instead = f"devices={ranks.local_world_size}, or leave devices out"
+    else:
+        expected = f"num_nodes={num_nodes} expects {_counted(num_nodes, 'machine')}"
+        actual = f"{environment.name} started {_counted(ranks.world_size, 'process', 'es')} on {ranks.num_nodes}"
+        instead = f"num_nodes={ranks.num_nodes}, or leave num_nodes out"
+    command = environment.command.format(nodes=nodes, processes=len(ids), total=nodes * len(ids))
+    start = f"start them with `{command}`, or " if command else ""
+    message = f"{expected}, but {actual}; {start}give {instead}"
+    if ranks.world_size > 1:
+        distributed.withdraw(ranks, message)
+    raise MisconfigurationException(message)
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def _accelerator(given: str | Accelerator) -> Accelerator:

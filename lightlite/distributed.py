@@ -36,7 +36,7 @@ RANK_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),
     ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
 )
-"""Where launchers put a process's rank, each beside a variable without which it may be left over from something else."""
+"""Where launchers put a process's rank, each with a variable without which it is left over from something else."""
 
 _joins = itertools.count()
 

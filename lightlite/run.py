@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from lightlite import config
+from lightlite import config, distributed
 from lightlite.callbacks import Callback, Checkpoint
 from lightlite.data import NestLoader, RankLoader, as_list, check_loader, limit_of, sequential, training_loader
 from lightlite.distributed import Ranks
@@ -81,8 +82,19 @@ class Run(TrainerFacts):
         self.running_device = self.hardware.devices[ranks.local_rank]
         self.strategy.connect(self.hardware.accelerator, self.running_device, ranks)
         self.strategy_is_set_up = True
+        if self.hardware.launched:
+            self._take_share_of_cores(ranks)
         for logger in self.loggers:
             logger.share(self.strategy.broadcast)
+
+    def _take_share_of_cores(self, ranks: Ranks) -> None:
+        """Compute with the threads that are this rank's, which its launcher may have bound to cores of its own."""
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+        everyone = distributed.gather_objects((ranks.node_rank, mine))
+        sharers = sum(node == ranks.node_rank and not mine.isdisjoint(theirs) for node, theirs in everyone)
+        threads = self.hardware.accelerator.threads_per_rank(sharers)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     def cause_of(self, error: BaseException) -> BaseException:
         """What the caller is to learn of where `error` was raised here; see `Launcher.cause_of`."""

@@ -72,7 +72,7 @@ class CPUAccelerator(Accelerator):
         }
 
     def threads_per_rank(self, local_world_size: int) -> int | None:
-        """The cores this process may use, divided by the machine's ranks, at least 1; None for a single rank."""
+        """The cores this process may use, divided by the machine's ranks, unless the user chose; see `devices.py`."""
         return share_of_cores(local_world_size)
 
 

@@ -6,6 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import cast
 
+import psutil
+import torch
+
 from lightlite.errors import MisconfigurationException
 
 ALL = -1
@@ -63,9 +66,23 @@ def affinity_cores() -> int:
     return os.cpu_count() or 1
 
 
-def share_of_cores(local_world_size: int) -> int | None:
-    """Threads for each of the machine's ranks; None for a single one, to which torch's own choice is left.
+def share_of_cores(sharers: int) -> int | None:
+    """Threads for each of several processes that share the cores this one may use; None to leave torch's choice.
 
-    One rank keeps exactly what a script without a trainer would have: the number of threads can change the rounding.
+    What the user chose holds, for every process: by OMP_NUM_THREADS or MKL_NUM_THREADS, or by
+    `torch.set_num_threads` with a number that torch would not have taken by itself. A process that shares with
+    nobody keeps exactly what a script without a trainer would have: the number of threads can change the rounding.
+
+    The workers of data loaders are not counted. They compute with one thread each, and wait most of the time; cores
+    kept free for them would lie idle then, and make the number of threads depend on each loader of a call.
+
+    Args:
+        sharers: Number of processes, this one included.
     """
-    return None if local_world_size <= 1 else max(1, affinity_cores() // local_world_size)
+    if sharers <= 1 or any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return None
+    cores, present = affinity_cores(), torch.get_num_threads()
+    logical, physical = psutil.cpu_count() or 1, psutil.cpu_count(logical=False) or 1
+    if present not in (cores, physical, cores * physical // logical):
+        return present
+    return max(1, cores // sharers)

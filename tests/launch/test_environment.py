@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import lightlite as pl
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
+from lightlite.interfaces import ClusterEnvironment
 from lightlite.launch.environment import (
     KubernetesEnvironment,
     LSFEnvironment,
@@ -21,6 +23,7 @@ from lightlite.launch.environment import (
     expand_hosts,
 )
 from lightlite.registry import EnvironmentRegistry
+from lightlite.utilities.rank_zero import rank_zero_only
 
 PREFIXES = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_", "JSM_", "LSB_", "PET_", "TORCHELASTIC_", "MASTER_")
 
@@ -76,7 +79,15 @@ def put(monkeypatch: pytest.MonkeyPatch, *variables: dict[str, str], without: st
 
 @pytest.mark.parametrize(
     ("variables", "name"),
-    [(ELASTIC, "torchelastic"), (SLURM, "slurm"), (OPEN_MPI, "mpi"), (LSF, "lsf"), (POD, "kubernetes"), ({}, None)],
+    [
+        (ELASTIC, "torchelastic"),
+        (SLURM, "slurm"),
+        (OPEN_MPI, "mpi"),
+        (LSF, "lsf"),
+        ({**LSF, **OPEN_MPI}, "lsf"),  # jsrun sets up MPI programs, too
+        (POD, "kubernetes"),
+        ({}, None),
+    ],
 )
 def test_exactly_one_environment_recognises_its_variables(
     variables: dict[str, str], name: str | None, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +96,51 @@ def test_exactly_one_environment_recognises_its_variables(
     detected = [each for each in EnvironmentRegistry.names() if EnvironmentRegistry.get(each).detect()]
     assert detected == ([name] if name else [])
     assert not name or EnvironmentRegistry.get(name).name == name
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"RANK": "3"},
+        {"LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+        {"MASTER_ADDR": "host0", "MASTER_PORT": "29500"},
+        {"PET_NPROC_PER_NODE": "4", "PET_NNODES": "2", "PET_RDZV_ENDPOINT": "job-master-0:29400"},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0"},
+    ],
+    ids=["RANK", "world size", "master", "PET", "salloc"],
+)
+def test_what_is_left_over_in_a_shell_makes_no_ranks(
+    left_over: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, left_over)
+    assert [each for each in EnvironmentRegistry.names() if EnvironmentRegistry.get(each).detect()] == []
+    trainer = pl.Trainer(accelerator="cpu", logger=False, barebones=True)
+    assert (trainer.world_size, trainer.global_rank, rank_zero_only.rank) == (1, 0, 0)
+
+
+class HouseEnvironment(ClusterEnvironment):
+    """What somebody writes for a launcher of their own."""
+
+    name = "house"
+    command = "house -n {processes} python train.py"
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def ranks(self) -> Ranks:
+        return Ranks(1, 1, 0, 2, 2)
+
+
+def test_an_environment_given_as_a_plugin_goes_before_what_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, OPEN_MPI)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, plugins=[HouseEnvironment()], logger=False, barebones=True)
+    assert (trainer.world_size, trainer.num_nodes, trainer.hardware.ranks.rank) == (2, 1, 1)
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"devices=3 expects 3 processes.*house started 2.*`house -n 3 python train.py`, or give devices=2",
+    ):
+        pl.Trainer(accelerator="cpu", devices=3, plugins=HouseEnvironment(), logger=False, barebones=True)
 
 
 def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +197,14 @@ def test_master_variables_set_by_the_user_are_kept(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "changed", [{"SLURM_JOB_NAME": "bash"}, {"SLURM_JOB_NAME": "interactive"}, {"OMPI_COMM_WORLD_SIZE": "8"}]
+    "changed",
+    [
+        {"SLURM_JOB_NAME": "bash"},
+        {"SLURM_JOB_NAME": "interactive"},
+        {"OMPI_COMM_WORLD_SIZE": "8"},
+        {"SLURM_STEP_ID": "4294967290"},  # the interactive step of salloc, whatever the job is called
+        {"SLURM_PTY_PORT": "40123"},  # srun --pty
+    ],
 )
 def test_slurm_is_not_detected_in_a_shell_or_under_mpirun(
     changed: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
+import queue
 import re
+import socket
+import sys
 import threading
+import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -100,6 +109,97 @@ def test_a_memory_mapped_array_is_mapped_again(tmp_path: Path) -> None:
     assert copy[5].tolist() == [7, 7, 7]
 
 
+def test_a_view_of_a_memory_mapped_array_is_mapped_again_too(tmp_path: Path) -> None:
+    mapped = np.memmap(tmp_path / "data", dtype=np.float32, mode="w+", shape=(100, 3))
+    mapped[:] = np.arange(300).reshape(100, 3)
+    views = [mapped[10:20], np.asarray(mapped)[::-2, 1], mapped.T]
+    with transport.anonymous_file() as file:
+        packed = transport.pack(views, file)
+        assert packed.places == ()
+        copies = transport.unpack(packed, transport.map_private(file))
+    for view, copy in zip(views, copies, strict=True):
+        assert (type(copy), copy.strides, copy.tolist()) == (type(view), view.strides, view.tolist())
+    copies[0][0] = -1
+    assert mapped[10].tolist() == [-1, -1, -1]
+
+
+def test_locks_and_what_is_built_on_them_arrive_unlocked(tmp_path: Path) -> None:
+    lock = threading.Lock()
+    waiting: queue.Queue[int] = queue.Queue()
+    waiting.put(3)
+    handler = logging.FileHandler(tmp_path / "log")
+    with lock, closing(handler):
+        lock_copy, waiting_copy, event, handler_copy = there_and_back((lock, waiting, threading.Event(), handler))
+    with closing(handler_copy):
+        assert not lock_copy.locked()
+        assert waiting_copy.get_nowait() == 3
+        assert not event.is_set()
+        handler_copy.emit(logging.makeLogRecord({"msg": "from there"}))
+    assert (tmp_path / "log").read_text() == "from there\n"
+
+
+def test_what_torch_itself_does_not_pickle_arrives() -> None:
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    normed_copy, twice = there_and_back((normed, torch.compile(lambda x: x * 2, backend="eager")))
+    assert torch.equal(normed_copy.weight, normed.weight)
+    assert list(normed_copy.state_dict()) == list(normed.state_dict())
+    with torch.no_grad():
+        normed_copy.parametrizations.weight.original0.mul_(2)
+    assert torch.equal(normed_copy.weight, normed.weight * 2)
+    assert twice(torch.ones(1)).item() == 2
+
+
+def test_a_tensor_that_was_computed_arrives_without_its_history() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    copy = there_and_back(weight * 3)
+    assert copy.is_leaf
+    assert copy.tolist() == [3, 3]
+
+
+def test_a_module_that_no_other_process_can_import_travels_by_value(tmp_path: Path) -> None:
+    code = (
+        "class Thing:\n    pass\nTABLE = {'a': 1}\ndef look(ranks):\n    return Thing, TABLE['a'] + ranks.world_size\n"
+    )
+    (tmp_path / "by_hand.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("by_hand", tmp_path / "by_hand.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["by_hand"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def work(ranks: Ranks, look: Any) -> Any:
+        distributed.join(ranks, "gloo")
+        return distributed.gather_objects(look(ranks)[1])
+
+    pool = HelperPool(2)
+    try:
+        assert pool.run(work, module.look) == [3, 3]
+        assert module not in cloudpickle.list_registry_pickle_by_value()
+    finally:
+        pool.close()
+        del sys.modules["by_hand"]
+
+
+def test_a_module_loaded_again_is_loaded_again_by_the_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = tmp_path / "edited.py"
+    source.write_text("def answer():\n    return 'first'\n")
+    edited = importlib.import_module("edited")
+
+    def work(ranks: Ranks, answer: Any) -> Any:
+        distributed.join(ranks, "gloo")
+        return distributed.gather_objects(answer())
+
+    pool = HelperPool(2)
+    assert pool.run(work, edited.answer) == ["first", "first"]
+    source.write_text("def answer():\n    return 'second, longer'\n")
+    importlib.reload(edited)
+    assert pool.run(work, edited.answer) == ["second, longer"] * 2
+    pool.close()
+    del sys.modules["edited"]
+
+
 def test_a_loader_is_sent_without_its_running_workers() -> None:
     loader = DataLoader(TensorDataset(torch.arange(4)), num_workers=1, persistent_workers=True)
     assert len(list(loader)) == 4
@@ -121,11 +221,19 @@ def test_results_leave_the_classes_that_are_there_alone() -> None:
     assert Local.method is method
 
 
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.net = torch.jit.script(nn.Linear(2, 2))
+
+
 def test_what_cannot_be_sent_is_named() -> None:
     class Criterion(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.x = threading.Lock()
+            self.x = iter(DataLoader(TensorDataset(torch.arange(4))))
 
     model = nn.Module()
     model.criterion = Criterion()
@@ -133,28 +241,31 @@ def test_what_cannot_be_sent_is_named() -> None:
     def work(ranks: Ranks, model: nn.Module, options: dict[str, Any]) -> int:
         return 1
 
+    refused_iterator = r"model\.criterion `x` of type \S*DataLoaderIter cannot .*keep the DataLoader itself"
     pool = HelperPool(2)
-    with pytest.raises(NotSendableError, match=r"model\.criterion `x` of type _thread\.lock cannot be sent to the"):
+    with pytest.raises(NotSendableError, match=refused_iterator):
         pool.run(work, model, {})
-    with pytest.raises(NotSendableError, match=re.escape("options['a'] `1` of type generator cannot be sent")):
+    with pytest.raises(NotSendableError, match=r"options\['a'\] `1` of type generator cannot be sent.*keep a list"):
         pool.run(work, nn.Module(), {"a": [0, (i for i in "x")]})
-    lock = threading.Lock()
-    with pytest.raises(NotSendableError, match=r"`lock` of type _thread\.lock"):
-        pool.run(lambda ranks: lock.locked())
+    own = socket.socket()
+    with closing(own), pytest.raises(NotSendableError, match=r"`own` of type socket\.socket"):
+        pool.run(lambda ranks: own.fileno())
+    with pytest.raises(NotSendableError, match=r"model `net` of type torch\.jit\S+ cannot be sent"):
+        pool.run(work, Scripted(), {})
     assert pool.run(work, nn.Module(), {}) == 1
     pool.close()
 
 
 def test_the_search_for_what_cannot_be_sent_ends_in_cycles() -> None:
-    knot: dict[str, Any] = {"lock": threading.Lock()}
+    knot: dict[str, Any] = {"rows": (i for i in "x")}
     knot["self"] = knot
-    assert (unsendable.explain({"knot": knot}) or "").startswith("knot `'lock'` of type _thread.lock")
+    assert (unsendable.explain({"knot": knot}) or "").startswith("knot `'rows'` of type generator")
     assert unsendable.explain({"fine": [1]}) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of mappings")
-def test_a_big_array_is_shared_by_the_helpers_and_written_to_in_private() -> None:
-    megabytes = 64
+def test_a_big_dataset_is_shared_by_three_helpers_and_written_to_in_private() -> None:
+    megabytes = 100
     array = np.ones(megabytes * 2**20 // 8)
     tensor = torch.ones(megabytes * 2**18)
 
@@ -162,20 +273,23 @@ def test_a_big_array_is_shared_by_the_helpers_and_written_to_in_private() -> Non
         distributed.join(ranks, "gloo")
         total = float(array.sum() + tensor.sum())
         distributed.barrier()  # a page that one process alone has touched yet counts as private
-        mine = private_kilobytes() if ranks.rank else None
+        mine = kilobytes() if ranks.rank else None
         distributed.barrier()
         array[0] = tensor[0] = ranks.rank
         distributed.barrier()
         return distributed.gather_objects((total, float(array[0]), float(tensor[0]), mine))
 
-    def private_kilobytes() -> tuple[str, int, int]:
+    def kilobytes() -> list[int]:
         blocks = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
         (block,) = [block for block in blocks if "memfd:lightlite" in block.partition("\n")[0]]
-        size, dirty = (int(re.search(rf"{key}:\s+(\d+)", block)[1]) for key in ("Size", "Private_Dirty"))
-        return block.split()[1], size // 1024, dirty
+        assert block.split()[1] == "rw-p"
+        return [int(re.search(rf"\n{key}:\s+(\d+)", block)[1]) for key in ("Size", "Pss", "Private_Dirty")]
 
-    pool = HelperPool(3)
+    pool = HelperPool(4)
     results = pool.run(look, array, tensor)
-    total = array.size + tensor.numel()
-    assert results == [(total, r, r, None if r == 0 else ("rw-p", 2 * megabytes, 0)) for r in range(3)]
     pool.close()
+    assert [result[:3] for result in results] == [(array.size + tensor.numel(), rank, rank) for rank in range(4)]
+    sizes, shares, dirty = zip(*(result[3] for result in results[1:]), strict=True)
+    assert sizes == (2 * megabytes * 1024,) * 3
+    assert dirty == (0, 0, 0)
+    assert sum(shares) == pytest.approx(2 * megabytes * 1024, rel=0.01)

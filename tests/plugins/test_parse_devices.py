@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from lightlite.errors import MisconfigurationException
+from lightlite.interfaces import Accelerator
 from lightlite.plugins.cpu import CPUAccelerator
 from lightlite.plugins.cuda import CUDAAccelerator
 from lightlite.plugins.mps import MPSAccelerator
@@ -106,9 +108,31 @@ def test_more_than_one_mps_device_says_why(devices: Any) -> None:
         MPSAccelerator.parse_devices(devices)
 
 
-def test_threads_are_the_cores_of_this_process_divided_by_its_ranks() -> None:
+@pytest.fixture
+def torch_chooses_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """As in a program that nobody has told a number of threads. Gives the number of cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for accelerator in (CPUAccelerator(), CUDAAccelerator()):
-        assert accelerator.threads_per_rank(1) is None
-        assert accelerator.threads_per_rank(2) == max(1, cores // 2)
-        assert accelerator.threads_per_rank(10 * cores) == 1
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    yield cores
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("accelerator", [CPUAccelerator(), CUDAAccelerator()])
+def test_threads_are_the_cores_of_this_process_divided_by_its_ranks(
+    accelerator: Accelerator, torch_chooses_threads: int
+) -> None:
+    assert accelerator.threads_per_rank(1) is None
+    assert accelerator.threads_per_rank(2) == max(1, torch_chooses_threads // 2)
+    assert accelerator.threads_per_rank(10 * torch_chooses_threads) == 1
+
+
+def test_threads_that_the_user_chose_are_kept_on_every_rank(
+    torch_chooses_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(3 * torch_chooses_threads)
+    assert CPUAccelerator().threads_per_rank(2) == 3 * torch_chooses_threads
+    monkeypatch.setenv("MKL_NUM_THREADS", "5")
+    assert CPUAccelerator().threads_per_rank(2) is None

@@ -23,17 +23,20 @@ def test_only_rank_zero_runs_a_decorated_function(monkeypatch: pytest.MonkeyPatc
     def answer() -> int:
         return 42
 
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "0")
     assert (answer(), rank_zero_only.rank) == (42, 0)
     monkeypatch.setenv("RANK", "3")
     assert (answer(), rank_zero_only.rank) == (None, 3)
     assert rank_zero_only(lambda: 1, default=7)() == 7
+    monkeypatch.delenv("LOCAL_RANK")  # RANK alone is left over from something else
+    assert (answer(), rank_zero_only.rank) == (42, 0)
 
 
 def test_messages_show_in_a_program_that_did_not_configure_logging() -> None:
     code = "from lightlite.utilities import rank_zero_info; rank_zero_info('hello %s', 'you')"
     assert run(code).stderr == "hello you\n"
-    assert run(code, RANK="1").stderr == ""
+    assert run(code, RANK="1", LOCAL_RANK="1").stderr == ""
 
 
 def test_messages_follow_a_program_that_configured_logging() -> None:

@@ -62,6 +62,9 @@ class Watch:
         self._abandoned = threading.Event()
         self._lock = threading.Lock()
         self._told = False
+        self._signals, self._wakeup = socket.socketpair()
+        self._forward_to = -1
+        self._interrupted: float | None = None
         self._caller = threading.current_thread()
         self._listener = threading.Thread(target=self._listen, name="lightlite-watch", daemon=True)
 
@@ -71,6 +74,10 @@ class Watch:
         Raises:
             BaseException: Rank 0's own, or that of the first helper to fail. The helpers are gone by then.
         """
+        with self._signals, self._wakeup:
+            return self._run(call)
+
+    def _run(self, call: Callable[[], T]) -> T:
         self._listener.start()
         try:
             with self._may_be_told():
@@ -129,8 +136,12 @@ class Watch:
         with selectors.DefaultSelector() as selector:
             for connection in self._waiting:
                 selector.register(connection, selectors.EVENT_READ)
+            selector.register(self._signals, selectors.EVENT_READ)
             while (self._waiting or self._suspects) and self._failure is None and not self._abandoned.is_set():
                 for key, _ in selector.select(timeout=0.1):
+                    if key.fileobj is self._signals:
+                        self._note_signals()
+                        continue
                     self._hear(self._waiting[key.fileobj])  # type: ignore[index]
                     selector.unregister(key.fileobj)
                 for helper in list(self._waiting.values()):
@@ -138,6 +149,10 @@ class Watch:
                         selector.unregister(helper.connection)
                         self._hear(helper)
                 self._failure = self._first_to_fail()
+                if self._is_interrupted_in_vain():
+                    self._abandoned.set()
+                    self._crew.end(GRACE)
+                    self._close_store()
         if self._failure is None:
             self._settled.set()
             return
@@ -180,6 +195,21 @@ class Watch:
             return reports.of_hanging(0, os.getpid(), "its traceback above shows where it was", suspects)
         return reports.of_deadlock(suspects)
 
+    # A Ctrl-C that rank 0 cannot heed, for it waits for the others outside of the interpreter.
+
+    def _note_signals(self) -> None:
+        numbers = self._signals.recv(4096)
+        if self._forward_to >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._forward_to, numbers)
+        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._interrupted = self._interrupted or time.monotonic()
+
+    def _is_interrupted_in_vain(self) -> bool:
+        if self._interrupted is None or self._aware.is_set():
+            return False
+        return time.monotonic() - self._interrupted > NOTICE
+
     # Telling a rank 0 that does not notice.
 
     def _tell_caller(self) -> None:
@@ -211,7 +241,10 @@ class Watch:
     def _may_be_told(self) -> Iterator[None]:
         """Let `_tell_caller` interrupt the calling thread; SIGURG, which nobody uses, ends blocking calls as well."""
         in_main = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGURG, self._on_urgent) if in_main else None
+        if in_main:
+            previous = signal.signal(signal.SIGURG, self._on_urgent)
+            self._wakeup.setblocking(False)
+            self._forward_to = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
@@ -219,8 +252,9 @@ class Watch:
                 self._aware.set()
                 if self._told and not in_main:
                     _raise_in(self._caller, None)
-            if in_main and previous is not None:
-                signal.signal(signal.SIGURG, previous)
+            if in_main:
+                signal.set_wakeup_fd(self._forward_to, warn_on_full_buffer=False)
+                signal.signal(signal.SIGURG, previous or signal.SIG_DFL)
 
     def _on_urgent(self, number: int, frame: FrameType | None) -> None:
         if self._told and not self._aware.is_set():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ENTRY = Path(__file__).with_name("entry.py")
 GPUS = ("cuda", "mps")
 DEFAULT_PORT = 29400
+LEAST_NODE_TIMEOUT = 3.0
+"""Machines give a sign of life every second."""
 
 DESCRIPTION = "Run a training script once on every device, as the ranks of one run."
 EXAMPLES = """
@@ -91,6 +93,12 @@ def build_parser(program: str | None = None) -> argparse.ArgumentParser:
     several.add_argument("--rdzv-backend", metavar="NAME", help="elastic's rendezvous backend: c10d, static, etcd-v2")
     several.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet, instead of the master")
     several.add_argument("--rdzv-id", metavar="ID", default="lightlite", help="name of the run, the same on each")
+    several.add_argument(
+        "--join-timeout", metavar="SECONDS", type=float, default=600, help="wait so long for the other machines (600)"
+    )
+    several.add_argument(
+        "--node-timeout", metavar="SECONDS", type=float, default=30, help="a machine silent for so long is lost (30)"
+    )
 
     failing = parser.add_argument_group("output and failure")
     failing.add_argument("--max-restarts", metavar="N", type=int, default=0, help="start a failed run anew, N times")
@@ -255,6 +263,9 @@ def plan(options: argparse.Namespace, local_world_size: int) -> Launch:
         endpoint=endpoint,
         run_id=options.rdzv_id,
         options=more,
+        node_rank=options.node_rank if backend == "static" else None,
+        join_timeout=options.join_timeout,
+        node_timeout=options.node_timeout,
         max_restarts=options.max_restarts,
         log_dir=options.log_dir,
         output=output,
@@ -290,7 +301,6 @@ def meeting_place(options: argparse.Namespace) -> tuple[str, str, dict[str, obje
             raise MisconfigurationException(
                 "--rdzv-backend static needs --node-rank, a fixed --nnodes and --max-restarts 0; or use c10d"
             )
-        more["rank"] = node_rank
     elif backend == "c10d" and node_rank is not None and options.rdzv_endpoint is None:
         more["is_host"] = node_rank == 0
     return backend, endpoint, more
@@ -314,6 +324,11 @@ def describe(launch: Launch, variables: dict[str, str]) -> str:
         f"{launch.endpoint} ({launch.backend})" if launch.endpoint else "a port of 127.0.0.1 that the kernel picks"
     )
     lines.append(f"the ranks meet at: {meeting}")
+    if launch.max_nodes > 1:
+        lines.append(
+            f"other machines are waited for: {launch.join_timeout:g} s; taken for lost when silent for: "
+            f"{launch.node_timeout:g} s"
+        )
     lines.append(f"restarts: {launch.max_restarts}; output kept in: {launch.log_dir or 'nothing is kept'}")
     return "\n".join(lines) + "\n"
 
@@ -336,6 +351,11 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             raise MisconfigurationException(
                 f"--max-restarts {options.max_restarts} and --grace {options.grace:g} must not be negative"
             )
+        if options.join_timeout < 1 or options.node_timeout < LEAST_NODE_TIMEOUT:
+            raise MisconfigurationException(
+                f"--join-timeout {options.join_timeout:g} must be 1 or more, and "
+                f"--node-timeout {options.node_timeout:g} must be {LEAST_NODE_TIMEOUT:g} or more"
+            )
         check_script(options)
         accelerator, devices = choose_devices(options)
         launch = plan(options, len(devices))
@@ -351,7 +371,9 @@ def _launch(launch: Launch, accelerator: str, devices: Sequence[int], dry_run: b
     from dataclasses import replace
 
     from lightlite.launch import agent
-    from lightlite.launch.rendezvous import route_to
+    from lightlite.launch.meeting import MEETING_BACKENDS
+    from lightlite.launch.network import route_to
+    from lightlite.launch.node_agent import NodeAgent
 
     single_machine = launch.max_nodes == 1
     route = None if single_machine else route_to(launch.endpoint)
@@ -362,6 +384,6 @@ def _launch(launch: Launch, accelerator: str, devices: Sequence[int], dry_run: b
         return 0
     os.environ.update(variables)
     try:
-        return agent.run(launch)
+        return agent.run(launch, NodeAgent if launch.backend in MEETING_BACKENDS else agent.RankAgent)
     except KeyboardInterrupt:
         return 130

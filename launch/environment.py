@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import ClusterEnvironment
+from lightlite.launch import network
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 10000
@@ -61,6 +62,10 @@ class TorchElasticEnvironment(ClusterEnvironment):
             "LOCAL_WORLD_SIZE",
         )
 
+    def export(self) -> None:
+        """The variables are there already; on several machines, gloo and NCCL learn which interface to use."""
+        _choose_interface(self.ranks())
+
 
 class KubernetesEnvironment(ClusterEnvironment):
     """Pods of a Kubernetes PyTorchJob that run one process each: RANK is the pod's."""
@@ -87,6 +92,10 @@ class KubernetesEnvironment(ClusterEnvironment):
                 f"alone (LOCAL_RANK is not set); start the script with `torchrun train.py`"
             )
         return _checked(Ranks(rank=rank, node_rank=rank, world_size=world_size), "RANK", "WORLD_SIZE")
+
+    def export(self) -> None:
+        """The variables are there already; gloo and NCCL learn which interface to use."""
+        _choose_interface(self.ranks())
 
 
 class SlurmEnvironment(ClusterEnvironment):
@@ -341,6 +350,12 @@ def _export(ranks: Ranks, host: str | None, job: str) -> None:
     os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS))
     if single_machine and os.environ["MASTER_ADDR"] == LOOPBACK and ranks.world_size > 1:
         _meet_on_loopback(ranks.rank == 0)
+    _choose_interface(ranks)
+
+
+def _choose_interface(ranks: Ranks) -> None:
+    if ranks.num_nodes > 1:
+        network.choose_interface(os.environ["MASTER_ADDR"])
 
 
 def _meet_on_loopback(is_first: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 
-import psutil
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
@@ -53,26 +52,9 @@ class LoopbackRendezvous(RendezvousHandler):
         Raises:
             RendezvousConnectionError: Where the port asked for is taken.
         """
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((LOOPBACK, self._port))
-            listener.listen(4096)
-        except OSError as error:
-            listener.close()
-            raise RendezvousConnectionError(f"port {self._port} of {LOOPBACK} cannot be used") from error
+        store = open_store(LOOPBACK, self._port, STORE_TIMEOUT)
         self._port = 0
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            LOOPBACK,
-            port,
-            None,
-            True,
-            STORE_TIMEOUT,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, port))
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, store.port))
 
     def is_closed(self) -> bool:
         """Whether `set_closed` was called."""
@@ -96,6 +78,31 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
+def open_store(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """Keep a store in this process. Elastic's own would listen on every interface, and guess a free port.
+
+    Args:
+        address: Where to listen; empty for every interface.
+        port: 0 lets the kernel choose.
+        timeout: How long a call may wait for a key.
+
+    Raises:
+        RendezvousConnectionError: Where the port is taken or the address is not here; caused by the OSError.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(4096)
+    except OSError as error:
+        listener.close()
+        raise RendezvousConnectionError(f"port {port} of {address or 'this machine'} cannot be used") from error
+    port = listener.getsockname()[1]
+    own_end = address or LOOPBACK
+    return TCPStore(own_end, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
 def _create_loopback(parameters: RendezvousParameters) -> RendezvousHandler:
     return LoopbackRendezvous(parameters.run_id, parameters.get_as_int("port", 0) or 0)
 
@@ -103,26 +110,3 @@ def _create_loopback(parameters: RendezvousParameters) -> RendezvousHandler:
 def register_loopback() -> None:
     """Make the backend known to elastic by its name; calling it again is harmless."""
     rendezvous_handler_registry.register(LOOPBACK_BACKEND, _create_loopback)
-
-
-def route_to(endpoint: str) -> tuple[str, str] | None:
-    """This machine's address and interface for reaching another one.
-
-    Args:
-        endpoint: "host" or "host:port".
-
-    Returns:
-        `(address, interface)`, or None where the host cannot be resolved or no interface has the address.
-    """
-    host, _, port = endpoint.partition(":")
-    try:
-        family, kind, _, _, where = socket.getaddrinfo(host, int(port or 1), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(where)
-            address = probe.getsockname()[0]
-    except OSError:
-        return None
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return address, interface
-    return None

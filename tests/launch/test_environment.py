@@ -319,3 +319,12 @@ for _ in range(2):
         env = {**os.environ, **SLURM, **step, "SLURM_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid())}
         tasks.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env))
     assert [task.communicate(timeout=60)[0] for task in tasks] == ["2.0\n2.0\n"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the interface is called lo on Linux")
+def test_ranks_on_several_machines_use_the_interface_that_leads_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, POD, {"MASTER_ADDR": "127.0.0.1", "NCCL_SOCKET_IFNAME": "of-the-user"})
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    EnvironmentRegistry.create("kubernetes").export()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "of-the-user"

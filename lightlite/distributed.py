@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,10 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
         # the launcher's store outlives the group, whose addresses the next group must not find there
         store = dist.PrefixStore(f"join{next(_joins)}", found)
     _check_in(store, ranks, patience)
+    hook = sys.excepthook
     dist.init_process_group(backends, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    if ranks.store is not None:
+        sys.excepthook = hook  # torch's own would mark with a rank what the script raises long after the run
     return True
 
 

@@ -9,28 +9,35 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from lightlite.launch.failure import Failure, first_cause, read_failure
+from lightlite.errors import MisconfigurationException
+from lightlite.launch import guard as guarding
+from lightlite.launch import hanging
+from lightlite.launch.echoes import seconds_waited
+from lightlite.launch.ending import SIGNALS, Guard, second_interrupt, signals_raise
+from lightlite.launch.failure import Failure, first_cause, memory_kills, read_failure
+from lightlite.launch.logs import RankLogs
+from lightlite.launch.meeting import MEETING_BACKENDS, Meeting, Terms
 from lightlite.launch.rendezvous import LOOPBACK, register_loopback
 
-GUARD = Path(__file__).with_name("guard.py")
+ENTRY = Path(__file__).with_name("entry.py")
 MONITOR_INTERVAL = 0.1
-SECONDS_FOR_THE_CAUSE = 1.0
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+PATIENCE = 1.0
+"""Seconds for the cause of a failure to show, counted anew while failing ranks are on their way out, …"""
+MOST_PATIENCE = 1.5
+"""… but in all no more than these."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class Launch:
         run_id: Name of the run, the same on every machine.
         options: More for the rendezvous backend.
         local_addr: This machine's address as others reach it; None lets elastic look it up.
+        node_rank: This machine's number, where the machines are numbered; None lets elastic number them.
+        join_timeout: Seconds to wait for the other machines.
+        node_timeout: Seconds of silence after which another machine is taken for lost.
         max_restarts: How often a failed run is started anew.
         log_dir: Where the ranks' output goes; None for a temporary folder.
         output: "first" shows rank 0's output, "tee" everybody's, "quiet" nobody's.
@@ -62,95 +72,32 @@ class Launch:
     run_id: str
     options: dict[str, Any] = field(default_factory=dict)
     local_addr: str | None = None
+    node_rank: int | None = None
+    join_timeout: float = 600.0
+    node_timeout: float = 30.0
     max_restarts: int = 0
     log_dir: str | None = None
     output: str = "first"
     grace: float = 3.0
 
 
-class Guard:
-    """The process that ends the ranks if this one is killed.
-
-    Args:
-        folder: Temporary folder that is to go, too; None if there is none.
-    """
-
-    def __init__(self, folder: str | None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(GUARD), *([folder] if folder else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def watch(self, groups: Iterable[int]) -> None:
-        """Kill these process groups if this process dies."""
-        self._tell("+", groups)
-
-    def forget(self, groups: Iterable[int]) -> None:
-        """These process groups have ended."""
-        self._tell("-", groups)
-
-    def _tell(self, sign: str, groups: Iterable[int]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # somebody ended the guard; the run need not end with it
-            self._process.stdin.write("".join(f"{sign}{group}\n" for group in groups).encode())
-            self._process.stdin.flush()
-
-    def __enter__(self) -> Guard:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-
-
-class RankLogs(LogsSpecs):
-    """Where the ranks' output goes: `<folder>/attempt_<n>/rank_<r>/stdout.log`, `stderr.log` and `error.json`.
-
-    Args:
-        folder: The root.
-        output: As in `Launch`.
-    """
-
-    def __init__(self, folder: str, output: str) -> None:
-        super().__init__(log_dir=folder)
-        self._output = output
+class Cause(Protocol):
+    """What ended an attempt."""
 
     @property
-    def root_log_dir(self) -> str:
-        """The root folder."""
-        return str(self._root_log_dir)
+    def status(self) -> int:
+        """The exit code that it gives the run."""
 
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """The files of one attempt; each rank learns of its own through `envs`."""
-        destination = LogsDest()
-        for local_rank, env in envs.items():
-            folder = Path(self.root_log_dir, f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", f"rank_{env['RANK']}")
-            folder.mkdir(parents=True, exist_ok=True)
-            error_file = folder / "error.json"
-            error_file.unlink(missing_ok=True)
-            destination.error_files[local_rank] = env["TORCHELASTIC_ERROR_FILE"] = str(error_file)
-            to_terminal = self._output == "first" and env["RANK"] == "0"
-            destination.stdouts[local_rank] = "" if to_terminal else str(folder / "stdout.log")
-            destination.stderrs[local_rank] = "" if to_terminal else str(folder / "stderr.log")
-            if to_terminal:
-                env["LIGHTLITE_FAILURE_SHOWN_BY_LAUNCHER"] = "1"
-            if self._output == "tee":
-                destination.tee_stdouts[local_rank] = destination.stdouts[local_rank]
-                destination.tee_stderrs[local_rank] = destination.stderrs[local_rank]
-        return destination
+    def describe(self, note: str = "") -> str:
+        """The text that the user sees, with a note at the end of its first line."""
 
 
 class RankAgent(LocalElasticAgent):
     """Elastic's agent of one machine, with lightlite's way of ending ranks.
 
     It differs in three things: a signal goes to the ranks and not to their data-loader workers, which a rank
-    ends itself; whatever is left of a rank's process group after `grace` seconds is killed; and it knows which
-    rank failed first.
+    ends itself; whatever is left of what a rank started after `grace` seconds is killed; and it knows which
+    rank failed first, or hangs.
 
     Args:
         spec: What to run.
@@ -167,11 +114,13 @@ class RankAgent(LocalElasticAgent):
         self._guard = guard
         self._grace = grace
         self._last_poll = time.time()
-        self.failure: Failure | None = None
+        self._memory_kills = memory_kills()
+        self.failure: Cause | None = None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._guard.watch(self._guard.mark)
         ids: dict[int, Any] = super()._start_workers(worker_group)
-        self._guard.watch(ids.values())
+        self._guard.watch(*ids.values())
         self._last_poll = time.time()
         return ids
 
@@ -182,12 +131,18 @@ class RankAgent(LocalElasticAgent):
             healthy: RunResult = super()._monitor_workers(worker_group)
             return healthy
         failures = self._with_cause(worker_group, failures)
-        self._end_ranks(signal.SIGTERM, spare={failure.pid for failure in failures})
+        hanging_rank = self._hanging(worker_group, failures)
+        leaving = {failure.pid for failure in failures}
+        self._end_ranks(signal.SIGTERM, leaving, hanging_rank.pid if hanging_rank is not None else None)
         result: RunResult = super()._monitor_workers(worker_group)
-        self.failure = first_cause(failures)
+        return self._settle(result, hanging_rank or self._with_remark(worker_group, failures))
+
+    def _settle(self, result: RunResult, cause: Cause) -> RunResult:
+        """Keep the cause of a failed attempt, and tell it if there is to be another one."""
+        self.failure = cause
         left = self._remaining_restarts
         if left:
-            report(self.failure, self._logs_specs.root_log_dir, f"; starting all ranks anew (restarts left: {left})")
+            report(cause, self._logs_specs.root_log_dir, f"; starting all ranks anew (restarts left: {left})")
         return result
 
     def _failures(self, worker_group: WorkerGroup) -> list[Failure]:
@@ -208,22 +163,86 @@ class RankAgent(LocalElasticAgent):
         return found
 
     def _with_cause(self, worker_group: WorkerGroup, failures: list[Failure]) -> list[Failure]:
-        """Wait a moment where all that failed only lost another rank: that one may still be on its way out."""
-        deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
+        """Wait a moment where all that failed only missed another rank: that one may still be on its way out."""
+        start = last = time.monotonic()
         while (
             all(failure.is_consequence for failure in failures)
-            and len(failures) < len(self._processes())
-            and time.monotonic() < deadline
+            and self._running(failures)
+            and time.monotonic() < min(last + PATIENCE, start + MOST_PATIENCE)
         ):
             time.sleep(MONITOR_INTERVAL / 2)
-            failures = self._failures(worker_group)
+            seen, failures = len(failures), self._failures(worker_group)
+            pids = {failure.pid for failure in failures}
+            leaving = any(process.pid in pids and process.poll() is None for process in self._processes().values())
+            if len(failures) > seen or leaving:
+                last = time.monotonic()
         return failures
+
+    def _running(self, failures: list[Failure]) -> dict[int, int]:
+        """Process id, by local rank, of ranks that have neither failed nor ended."""
+        failed = {failure.pid for failure in failures}
+        processes = self._processes().items()
+        return {
+            rank: process.pid for rank, process in processes if process.pid not in failed and process.poll() is None
+        }
+
+    def _hanging(self, worker_group: WorkerGroup, failures: list[Failure]) -> Failure | None:
+        """The rank that the others waited for in vain, if that is how they failed."""
+        running = self._running(failures)
+        timeouts = [failure.timeout for failure in failures if failure.timeout]
+        if not running or not timeouts or not all(failure.is_consequence for failure in failures):
+            return None
+        return self._waited_for(worker_group, running, timeouts[0])
+
+    def _waited_for(self, worker_group: WorkerGroup, running: dict[int, int], timeout: str) -> Failure:
+        """The one among running ranks that kept others waiting.
+
+        Args:
+            worker_group: All ranks of this machine.
+            running: Process id by local rank; at least one.
+            timeout: What one of the others said.
+        """
+        assert self._pcontext is not None
+        files = self._pcontext.error_files
+        answers = {pid: Path(files[rank]).with_name("stack.txt") for rank, pid in running.items()}
+        found = hanging.find(answers, str(ENTRY))
+        local_rank = next(rank for rank, pid in running.items() if pid == found.pid)
+        seconds = seconds_waited(timeout)
+        how_long = f" for more than {seconds:g} s" if seconds is not None else ""
+        return Failure(
+            rank=worker_group.workers[local_rank].global_rank,
+            pid=found.pid,
+            exitcode=1,
+            time=time.time(),
+            traceback=found.stack,
+            how=f"kept the other ranks waiting{how_long}; {found.how}",
+        )
+
+    def _with_remark(self, worker_group: WorkerGroup, failures: list[Failure]) -> Failure:
+        """The failure that brought the others about, with what is known of its cause besides."""
+        failure = first_cause(failures)
+        remark = ""
+        if failure.exitcode == -signal.SIGKILL:
+            before, now = self._memory_kills, memory_kills()
+            if before is None or now is None:
+                remark = "; the kernel does that when memory runs out"
+            elif now > before:
+                remark = "; memory ran out, and the kernel's out-of-memory killer was at work"
+        elif 1 < len(failures) == worker_group.workers[0].world_size and all(failure.timeout for failure in failures):
+            remark = "; so did all others: the ranks waited for each other in calls that do not match"
+        elif failure.is_consequence:
+            ended = [local for local, process in self._processes().items() if process.poll() == 0]
+            ranks = [worker_group.workers[local].global_rank for local in ended]
+            remark = f"; rank {ranks[0]} had ended before, with exit code 0" if ranks else ""
+        return replace(failure, remark=remark)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         processes = self._processes()
-        if any(process.poll() != 0 for process in processes.values()):
+        if not processes or any(process.poll() != 0 for process in processes.values()):
             self._end_ranks(death_sig)
-        self._guard.forget(process.pid for process in processes.values())
+        self._guard.forget(self._guard.mark, *(process.pid for process in processes.values()))
+        for file in self._pcontext.error_files.values() if self._pcontext is not None else ():
+            Path(file).with_name("stack.txt").unlink(missing_ok=True)
         super()._shutdown(death_sig, timeout)
 
     def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
@@ -231,53 +250,32 @@ class RankAgent(LocalElasticAgent):
             return {}
         return {local_rank: handler.proc for local_rank, handler in self._pcontext.subprocess_handlers.items()}
 
-    def _end_ranks(self, death_sig: signal.Signals, spare: Iterable[int] = ()) -> None:
-        """Signal the ranks, wait until they have ended, kill whatever is left of them.
+    def _end_ranks(self, death_sig: signal.Signals, spare: Iterable[int] = (), hanging_rank: int | None = None) -> None:
+        """Signal the ranks, wait until they have ended, kill whatever is left of what they started.
 
         Args:
             death_sig: What the ranks get first.
             spare: Pids of ranks that are ending by themselves and only have to be waited for.
+            hanging_rank: Pid of the one that would not heed the signal.
         """
         processes = self._processes().values()
-        with _second_interrupt() as hurry:
+        with second_interrupt() as hurry:
             for process in processes:
-                if process.pid not in spare:
+                if process.pid == hanging_rank:
+                    process.kill()
+                elif process.pid not in spare:
                     process.send_signal(death_sig)
             deadline = time.monotonic() + self._grace
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
                 if hurry.wait(0.02):
                     break
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            guarding.end((process.pid for process in processes), [self._guard.mark])
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2)  # one that hangs in the kernel cannot be waited for
 
 
-@contextlib.contextmanager
-def _second_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets. Signals that come twice, as `timeout` sends them, change nothing meanwhile."""
-    hurry = threading.Event()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            hurry.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield hurry
-        return
-    before = {
-        number: signal.signal(number, handle) for number in (getattr(signal, name) for name in SIGNALS.split(","))
-    }
-    try:
-        yield hurry
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def report(failure: Failure, log_dir: str | None, note: str = "") -> None:
+def report(failure: Cause, log_dir: str | None, note: str = "") -> None:
     """Tell on standard error which rank failed. The rank's own words come last."""
     sys.stdout.flush()
     start = "\n" if sys.stderr.isatty() else ""
@@ -286,28 +284,29 @@ def report(failure: Failure, log_dir: str | None, note: str = "") -> None:
     sys.stderr.flush()
 
 
-def run(launch: Launch) -> int:
+def run(launch: Launch, kind: type[RankAgent] = RankAgent) -> int:
     """Run the ranks of this machine until they end.
+
+    Args:
+        launch: What to run.
+        kind: The agent: another one where several machines are watched.
 
     Returns:
         0, or the exit code of the rank that failed first; 128 + the signal's number for a signal, be it the
-        rank's or this process's.
+        rank's or this process's; 2 where the machines were not started alike.
     """
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.CRITICAL)  # elastic's own account of a failure would drown the rank's
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in SIGNALS)
     os.environ["LIGHTLITE_LAUNCHER_PID"] = str(os.getpid())
-    with contextlib.ExitStack() as stack:
-        folder = launch.log_dir
-        if folder is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightlite-", ignore_cleanup_errors=True))
-        guard = stack.enter_context(Guard(folder if launch.log_dir is None else None))
+    with signals_raise() as ignore_signals, contextlib.ExitStack() as stack:
         try:
-            handler = _rendezvous(launch)
-            agent = RankAgent(_spec(launch, handler), RankLogs(folder, launch.output), guard, launch.grace)
-            result = agent.run()
+            return _run(launch, kind, stack)
         except SignalException as received:
             return 128 + received.sigval
+        except MisconfigurationException as error:
+            sys.stderr.write(f"lightlite.launch: error: {error}\n")
+            return 2
         except (RendezvousError, DistError) as error:
             where = launch.endpoint or LOOPBACK
             sys.stderr.write(f"lightlite.launch: the ranks could not meet at {where}: {_chain(error)}\n")
@@ -315,16 +314,44 @@ def run(launch: Launch) -> int:
         except OSError as error:
             sys.stderr.write(f"lightlite.launch: the ranks could not be started: {_chain(error)}\n")
             return 1
-        handler.shutdown()
-        if result is None or not result.is_failed():
-            return 0
-        assert agent.failure is not None
-        report(agent.failure, launch.log_dir)
-        return agent.failure.status
+        finally:
+            ignore_signals()
+
+
+def _run(launch: Launch, kind: type[RankAgent], stack: contextlib.ExitStack) -> int:
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightlite-", ignore_cleanup_errors=True))
+    os.environ["LIGHTLITE_SCRATCH"] = folder
+    guard = Guard()
+    stack.callback(guard.close)
+    guard.watch(folder)
+    os.environ.update(guard.variables)
+    stack.callback(lambda: [os.environ.pop(name) for name in guard.variables])
+    handler = _rendezvous(launch)
+    agent = kind(_spec(launch, handler), RankLogs(launch.log_dir or folder, launch.output), guard, launch.grace)
+    result = agent.run()
+    handler.shutdown()
+    if result is None or not result.is_failed():
+        return 0
+    assert agent.failure is not None
+    report(agent.failure, launch.log_dir)
+    return agent.failure.status
 
 
 def _rendezvous(launch: Launch) -> RendezvousHandler:
     register_loopback()
+    if launch.backend in MEETING_BACKENDS:
+        fewest, most = launch.min_nodes, launch.max_nodes
+        nnodes = str(most) if fewest == most else f"{fewest}:{most}"
+        return Meeting(
+            launch.endpoint,
+            launch.run_id,
+            Terms(nnodes, launch.local_world_size, launch.max_restarts, launch.node_rank is not None),
+            node_rank=launch.node_rank,
+            keeps_store=launch.options.get("is_host"),
+            address=launch.local_addr,
+            join_timeout=launch.join_timeout,
+            node_timeout=launch.node_timeout,
+        )
     parameters = RendezvousParameters(
         backend=launch.backend,
         endpoint=launch.endpoint,
@@ -339,8 +366,6 @@ def _rendezvous(launch: Launch) -> RendezvousHandler:
 
 def _spec(launch: Launch, handler: RendezvousHandler) -> WorkerSpec:
     program, *arguments = launch.command
-    host, _, port = launch.endpoint.rpartition(":")
-    static = launch.backend == "static"
     return WorkerSpec(
         role="rank",
         local_world_size=launch.local_world_size,
@@ -349,8 +374,6 @@ def _spec(launch: Launch, handler: RendezvousHandler) -> WorkerSpec:
         rdzv_handler=handler,
         max_restarts=launch.max_restarts,
         monitor_interval=MONITOR_INTERVAL,
-        master_addr=host if static else None,
-        master_port=int(port) if static else None,
         local_addr=launch.local_addr,
     )
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lightlite.distributed import Ranks
-from lightlite.launch import messages, stacks
+from lightlite.launch import guard, messages, stacks
+from lightlite.launch.ending import Guard
 from lightlite.launch.messages import Task
 from lightlite.launch.transport import Packed, anonymous_file
 
@@ -27,18 +28,18 @@ class Helper:
     Args:
         rank: The rank it takes in every run.
         threads: CPU threads to compute with, unless the user's OMP_NUM_THREADS says so; None for torch's choice.
+        folder: Where it keeps sockets.
+        variables: What is to be in its environment besides.
     """
 
-    def __init__(self, rank: int, threads: int | None) -> None:
+    def __init__(self, rank: int, threads: int | None, folder: str, variables: dict[str, str]) -> None:
         self.rank = rank
         self.connection, theirs = socket.socketpair()
-        environ = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONSAFEPATH": "1"}
+        environ = {**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONSAFEPATH": "1"}
         environ["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         if threads is not None and "OMP_NUM_THREADS" not in os.environ:
             environ["OMP_NUM_THREADS"] = str(threads)
             environ.setdefault("MKL_NUM_THREADS", str(threads))
-        # Loader workers, here and there, keep sockets in this folder; made here, it is removed however they end.
-        folder = multiprocessing.util.get_temp_dir()
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         program = [sys.executable, *flags, "-m", "lightlite.launch.worker"]
         self._stack = anonymous_file()
@@ -76,7 +77,12 @@ class Crew:
         self.owner = os.getpid()
         self.size = size
         self.busy = False
-        self.helpers = [Helper(rank, threads) for rank in range(1, size)]
+        self._guard = Guard()
+        # Loader workers, here and there, keep sockets in this folder; made here, it is removed however they end.
+        self._folder = multiprocessing.util.get_temp_dir()
+        self._guard.watch(self._guard.mark, self._folder)
+        self.helpers = [Helper(rank, threads, self._folder, self._guard.variables) for rank in range(1, size)]
+        self._guard.watch(*(helper.process.pid for helper in self.helpers))
 
     def is_ready(self) -> bool:
         """Whether every helper lives and waits for work."""
@@ -109,17 +115,19 @@ class Crew:
             grace: Seconds between asking (SIGTERM) and killing. Zero kills at once.
         """
         helpers, self.helpers = self.helpers, []
-        if self.owner != os.getpid():
+        if not helpers or self.owner != os.getpid():
             return
         try:
             self._ask_to_end(helpers, grace)
         finally:  # whoever cannot wait any longer, and interrupts, gets the end at once
-            for helper in helpers:
-                helper.signal_group(signal.SIGKILL)
+            groups = [helper.process.pid for helper in helpers]
+            guard.end(groups, [self._guard.mark])
             for helper in helpers:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     helper.process.wait(5)
                 helper.close()
+            self._guard.forget(self._folder, self._guard.mark, *groups)
+            self._guard.close()
 
     @staticmethod
     def _ask_to_end(helpers: list[Helper], grace: float) -> None:
@@ -134,5 +142,6 @@ class Crew:
 
     def disown(self) -> None:
         """In a forked child: close the connections, which are the parent's."""
+        self._guard.disown()
         for helper in self.helpers:
             helper.close()

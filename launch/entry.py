@@ -24,6 +24,8 @@ def main() -> None:
         read_nothing()
     if not faulthandler.is_enabled():
         faulthandler.enable()
+    tell_where_when_asked()
+    keep_sockets_in(os.environ.pop("LIGHTLITE_SCRATCH", ""))
     sys.excepthook = hook = Hook()
     try:
         run(sys.argv[1:])
@@ -79,6 +81,24 @@ def die_with_launcher(launcher: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def tell_where_when_asked() -> None:
+    """Have SIGURG write the main thread's stack beside the error file, even where the interpreter hangs."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and hasattr(faulthandler, "register"):
+        import signal
+
+        file = os.open(os.path.join(os.path.dirname(path), "stack.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        faulthandler.register(signal.SIGURG, file=file, all_threads=False)
+
+
+def keep_sockets_in(folder: str) -> None:
+    """Have multiprocessing keep its sockets where they are removed however this process and its children end."""
+    if folder:
+        from multiprocessing import current_process
+
+        current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
+
+
 def read_nothing() -> None:
     """Give this rank an empty standard input: the terminal's belongs to the first."""
     empty = os.open(os.devnull, os.O_RDONLY)
@@ -115,6 +135,20 @@ class Hook:
             sys.__excepthook__(kind, error, trace)
 
 
+def first(error: BaseException) -> BaseException:
+    """The exception in whose handling the others came."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__ or error
+    return error
+
+
+def tell(error: BaseException) -> str:
+    """An exception's type and text."""
+    return f"{type(error).__name__}: {error}"
+
+
 def record(error: BaseException, code: int, text: str) -> bool:
     """Write the failure to elastic's error file, in elastic's format and with the exact time.
 
@@ -128,8 +162,9 @@ def record(error: BaseException, code: int, text: str) -> bool:
     import time
 
     now = time.time()
-    more = {"py_callstack": text, "timestamp": str(int(now)), "time": now, "exitcode": code}
-    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": more}
+    origin = tell(first(error))
+    more = {"py_callstack": text, "timestamp": str(int(now)), "time": now, "exitcode": code, "origin": origin}
+    message = {"message": tell(error), "extraInfo": more}
     try:
         with open(f"{path}.part", "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump({"message": message}, file)

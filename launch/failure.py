@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-TAIL_LINES = 30
+from lightlite.launch import echoes
 
-CONSEQUENCE = re.compile(
-    r"^(DistNetworkError|DistStoreError|DistBackendError)\b"
-    r"|closed by (peer|remote)|connection (was )?(reset|refused|closed|aborted)|broken pipe|socket closed"
-    r"|remote process exited|communicator was aborted|ncclremoteerror|pair closure|failed to (recv|send)"
-    r"|(recv|send)(value|bytes)? failed|store .*(closed|not available)",
-    re.IGNORECASE,
-)
-"""What ranks say that only noticed that another one is gone."""
+TAIL_LINES = 30
+CRASH_LINES = 200
+CRASH = "Fatal Python error:"
 
 
 @dataclass(frozen=True)
@@ -30,18 +24,22 @@ class Failure:
         pid: Of the rank.
         exitcode: As `subprocess` gives it: negative for a signal.
         time: When it happened, in seconds since the epoch.
-        message: The exception's type and text, or an empty string.
+        origin: Type and text of the exception that began it, or an empty string.
         traceback: The script's own traceback, or an empty string.
         stderr: File that holds what the rank wrote to its standard error; None if that went to the terminal.
+        how: What to say of it instead of the exit code.
+        remark: What to say besides.
     """
 
     rank: int
     pid: int
     exitcode: int
     time: float
-    message: str = ""
+    origin: str = ""
     traceback: str = ""
     stderr: Path | None = None
+    how: str = ""
+    remark: str = ""
 
     @property
     def status(self) -> int:
@@ -50,10 +48,16 @@ class Failure:
 
     @property
     def is_consequence(self) -> bool:
-        """Whether the rank seems to have failed only because it lost another."""
-        if self.message:
-            return CONSEQUENCE.search(self.message) is not None
+        """Whether the rank seems to have failed only because it lost another, or waited for it in vain."""
+        if self.origin:
+            return echoes.is_echo(self.origin)
         return self.exitcode == -signal.SIGABRT  # NCCL's watchdog ends ranks that way
+
+    @property
+    def timeout(self) -> str:
+        """The text that tells that the rank waited in vain for another; empty if it did not fail by that."""
+        text = self.origin or (self.last_words() if self.exitcode == -signal.SIGABRT else "")
+        return text if echoes.is_timeout(text) else ""
 
     def describe(self, note: str = "") -> str:
         """The text that the user sees: one line on who failed, then the rank's own last words.
@@ -61,22 +65,26 @@ class Failure:
         Args:
             note: Goes to the end of the first line.
         """
-        who = f"rank {self.rank} ({socket.gethostname()}, pid {self.pid})"
-        if self.exitcode < 0:
-            name = signal.Signals(-self.exitcode).name if -self.exitcode in set(signal.Signals) else "unknown"
-            what = f"was killed by {name} (signal {-self.exitcode}), exit code {self.status}"
-            if self.exitcode == -signal.SIGKILL:
-                what += "; the kernel does that when memory runs out"
-        else:
-            what = f"failed with exit code {self.status}"
-        words = self.traceback or self._last_words()
-        return f"{who} {what}{note}{':' if words else ''}\n{words}"
+        words = (self.traceback or ("" if self.how else self.last_words())).rstrip()
+        who = f"rank {self.rank} (host {socket.gethostname()}, pid {self.pid})"
+        return f"{who} {self.how or self._exit()}{self.remark}{note}" + (f":\n{words}\n" if words else "\n")
 
-    def _last_words(self) -> str:
+    def _exit(self) -> str:
+        if self.exitcode >= 0:
+            return f"failed with exit code {self.status}"
+        try:
+            name = signal.Signals(-self.exitcode).name
+        except ValueError:
+            name = "a signal without a name"
+        return f"was killed by {name} (signal {-self.exitcode}), exit code {self.status}"
+
+    def last_words(self) -> str:
+        """The end of what the rank wrote to its standard error, and all of Python's account of a crash."""
         if self.stderr is None or not self.stderr.is_file():
             return ""
-        lines = self.stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-        return "".join(f"{line}\n" for line in lines)
+        lines = self.stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-CRASH_LINES:]
+        crash = next((index for index, line in enumerate(lines) if line.startswith(CRASH)), len(lines))
+        return "".join(f"{line}\n" for line in lines[min(crash, max(0, len(lines) - TAIL_LINES)) :])
 
 
 def read_failure(
@@ -108,7 +116,7 @@ def read_failure(
         pid=pid,
         exitcode=int(details.get("exitcode", 1)) if exitcode is None else exitcode,
         time=float(details.get("time", seen)),
-        message=str(message.get("message", "")),
+        origin=str(details.get("origin", message.get("message", ""))),
         traceback=str(details.get("py_callstack", "")),
         stderr=stderr,
     )
@@ -118,3 +126,12 @@ def first_cause(failures: list[Failure]) -> Failure:
     """The failure that brought the others about: the earliest, not counting ranks that only lost a neighbour."""
     causes = [failure for failure in failures if not failure.is_consequence]
     return min(causes or failures, key=lambda failure: (failure.time, failure.rank))
+
+
+def memory_kills() -> int | None:
+    """How many processes the kernel has killed so far because memory ran out; None where it does not say."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
+        return int(counters["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None

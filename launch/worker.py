@@ -23,6 +23,7 @@ import threading
 
 from lightlite import distributed
 from lightlite.launch import messages, reports, stacks, transport
+from lightlite.launch.ending import MARK
 from lightlite.launch.messages import Task
 from lightlite.launch.reports import Report
 
@@ -101,7 +102,7 @@ def _resemble_parent(task: Task) -> None:
     sys.argv, sys.path[:] = task.argv, task.path
     if task.folder is not None:
         os.chdir(task.folder)
-    own = {name: os.environ[name] for name in OWN_VARIABLES if name in os.environ}
+    own = {name: value for name, value in os.environ.items() if name in OWN_VARIABLES or name.startswith(MARK)}
     wanted = {**task.environ, **own}
     for name in os.environ.keys() - wanted.keys():
         del os.environ[name]

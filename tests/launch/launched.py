@@ -47,11 +47,14 @@ def running(script: str, *arguments: str, options: tuple[str, ...] = TWO_ON_CPU)
         yield process
     finally:
         process.kill()  # before all others, for one of them is the guard, which cleans up behind it
-        process.communicate()
+        process.wait()
         _, alive = psutil.wait_procs(tree, timeout=5)
         for member in alive:
             with suppress(psutil.Error):
                 member.kill()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
 
 
 def lives(process: psutil.Process) -> bool:

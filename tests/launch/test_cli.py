@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from launched import TWO_ON_CPU, command, launch, running, wait_gone, write
 
 from lightlite.launch.cli import main
 
@@ -107,63 +106,6 @@ if child:
     Path("ready-" + os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(1000)
 """
-
-TWO_ON_CPU = ("--devices", "2", "--accelerator", "cpu")
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lightlite.launch", *arguments]
-
-
-def launch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, env={**os.environ, **env})
-
-
-def write(name: str, text: str) -> str:
-    Path(name).write_text(text)
-    return name
-
-
-@contextmanager
-def running(script: str, *arguments: str, options: tuple[str, ...] = TWO_ON_CPU) -> Iterator[subprocess.Popen[str]]:
-    """A launcher whose two ranks are ready; everything it started is gone afterwards, whatever the test does."""
-    write("script.py", script)
-    process = subprocess.Popen(
-        command(*options, "script.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    tree: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 40
-        while not all(Path(f"ready-{rank}").exists() for rank in range(2)):
-            assert time.monotonic() < deadline, "the ranks did not start"
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        tree = psutil.Process(process.pid).children(recursive=True)
-        process.tree = tree  # type: ignore[attr-defined]
-        yield process
-    finally:
-        for member in [*tree, process]:
-            try:
-                member.kill()
-            except (psutil.Error, ProcessLookupError):
-                continue
-        process.communicate()
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether a process runs. An orphan that is dead may wait for long until init takes note of it."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_gone(processes: list[psutil.Process], seconds: float) -> None:
-    """Fail if one of the processes lives on after the given time."""
-    deadline = time.monotonic() + seconds
-    while alive := [process for process in processes if lives(process)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
 
 
 def test_ranks_form_a_group_and_only_the_first_shows_its_output() -> None:
@@ -299,7 +241,7 @@ def test_the_first_rank_to_fail_decides(script: str, how: str, code: int, last: 
         wait_gone(launcher.tree, 5 - (time.monotonic() - started))
         failed = Path("ready-1").read_text()
     assert launcher.returncode == code
-    assert f"rank 1 ({socket.gethostname()}, pid {failed})" in stderr.splitlines()[0]
+    assert f"rank 1 (host {socket.gethostname()}, pid {failed})" in stderr.splitlines()[0]
     assert last in stderr
     assert "ChildFailedError" not in stderr
     if code == 1:
@@ -313,7 +255,7 @@ def test_a_failure_of_rank_0_is_told_once() -> None:
     result = launch(*TWO_ON_CPU, write("script.py", FAULTS_WITHOUT_TORCH), "raise", "0")
     lines = result.stderr.splitlines()
     assert result.returncode == 1
-    assert lines[0].startswith("rank 0 (")
+    assert lines[0].startswith("rank 0 (host ")
     assert lines[0].endswith("failed with exit code 1:")
     assert lines[-1] == "ValueError: boom on purpose"
     assert result.stderr.count("boom on purpose") == 2  # the line of source, and the exception

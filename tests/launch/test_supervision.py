@@ -229,7 +229,7 @@ def test_loader_workers_of_a_failing_helper_end_with_it(pool: HelperPool) -> Non
 
 
 CALLER = """
-import os, sys, time
+import ctypes, os, subprocess, sys, time
 import torch
 from torch.utils.data import DataLoader
 from lightlite import distributed
@@ -243,9 +243,13 @@ def work(ranks, folder):
     distributed.join(ranks, "gloo")
     loader = iter(DataLoader(range(10000), batch_size=1, num_workers=1, collate_fn=slow))
     next(loader)
+    if ranks.rank == 1:
+        subprocess.Popen(["sleep", "1000"], start_new_session=True)
     distributed.barrier()
     if ranks.rank == 0:
         print("ready", flush=True)
+    if sys.argv[1] == "lock" and ranks.rank == 1:
+        ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock, so that no thread of the helper runs
     if sys.argv[1] == "collective" and ranks.rank == 1:
         distributed.barrier()
     while True:
@@ -255,7 +259,7 @@ HelperPool(3).run(work, None)
 """
 
 
-@pytest.mark.parametrize("where", ["python", "collective"])
+@pytest.mark.parametrize("where", ["python", "collective", "lock"])
 def test_a_killed_caller_leaves_nothing_and_only_loopback_was_listened_on(tmp_path: Path, where: str) -> None:
     script = tmp_path / "caller.py"
     script.write_text(textwrap.dedent(CALLER))
@@ -267,7 +271,7 @@ def test_a_killed_caller_leaves_nothing_and_only_loopback_was_listened_on(tmp_pa
         assert caller.stdout is not None
         assert caller.stdout.readline() == "ready\n"
         family = [psutil.Process(caller.pid), *psutil.Process(caller.pid).children(recursive=True)]
-        assert len(family) == 6
+        assert len(family) == 8  # three ranks with a loader worker each, the guard, and what a helper has started
         listening = {
             connection.laddr.ip
             for process in family

@@ -25,9 +25,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from lightlite.errors import MisconfigurationException
 from lightlite.launch import guard as guarding
 from lightlite.launch import hanging
-from lightlite.launch.echoes import seconds_waited
 from lightlite.launch.ending import SIGNALS, Guard, second_interrupt, signals_raise
-from lightlite.launch.failure import Failure, first_cause, memory_kills, read_failure
+from lightlite.launch.failure import Failure, deadlock, first_cause, how_long, memory_kills, read_failure
 from lightlite.launch.logs import RankLogs
 from lightlite.launch.meeting import MEETING_BACKENDS, Meeting, Terms
 from lightlite.launch.rendezvous import LOOPBACK, register_loopback
@@ -207,20 +206,18 @@ class RankAgent(LocalElasticAgent):
         answers = {pid: Path(files[rank]).with_name("stack.txt") for rank, pid in running.items()}
         found = hanging.find(answers, str(ENTRY))
         local_rank = next(rank for rank, pid in running.items() if pid == found.pid)
-        seconds = seconds_waited(timeout)
-        how_long = f" for more than {seconds:g} s" if seconds is not None else ""
         return Failure(
             rank=worker_group.workers[local_rank].global_rank,
             pid=found.pid,
             exitcode=1,
             time=time.time(),
             traceback=found.stack,
-            how=f"kept the other ranks waiting{how_long}; {found.how}",
+            how=f"kept the other ranks waiting{how_long(timeout)}; {found.how}",
         )
 
     def _with_remark(self, worker_group: WorkerGroup, failures: list[Failure]) -> Failure:
         """The failure that brought the others about, with what is known of its cause besides."""
-        failure = first_cause(failures)
+        failure = deadlock(failures) or first_cause(failures)
         remark = ""
         if failure.exitcode == -signal.SIGKILL:
             before, now = self._memory_kills, memory_kills()
@@ -228,8 +225,6 @@ class RankAgent(LocalElasticAgent):
                 remark = "; the kernel does that when memory runs out"
             elif now > before:
                 remark = "; memory ran out, and the kernel's out-of-memory killer was at work"
-        elif 1 < len(failures) == worker_group.workers[0].world_size and all(failure.timeout for failure in failures):
-            remark = "; so did all others: the ranks waited for each other in calls that do not match"
         elif failure.is_consequence:
             ended = [local for local, process in self._processes().items() if process.poll() == 0]
             ranks = [worker_group.workers[local].global_rank for local in ended]

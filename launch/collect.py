@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
+import errno
+import io
 import os
 import pickle
 import shutil
@@ -22,6 +23,8 @@ from lightlite.launch import messages, transport, unsendable
 
 CHUNK = 16 * 2**20
 """Bytes that travel between machines at a time."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for the files of another; all have agreed to exchange them by then."""
@@ -52,19 +55,20 @@ class FileCollector(OutputCollector):
 
         Raises:
             NotSendableError: Naming the part of the output that cannot be pickled.
-            OSError: Where the temporary folder is full.
+            OSError: Where the temporary folder is full, naming it.
         """
         if self._files is None:
             self._kept.append(output)
             return
+        name = f"output {self._count} of rank {self._ranks.rank}"
         try:
-            packed = transport.pack(output, self._files.data, outputs=True)
+            with self._files.complaining(f"{name} cannot be kept"):
+                packed = transport.pack(output, self._files.data, outputs=True)
+                pickle.dump(packed, self._files.index, protocol=5)
         except OSError:
             raise
         except Exception as error:
-            name = f"output {self._count} of rank {self._ranks.rank}"
             raise NotSendableError(unsendable.explain({name: output}) or f"{name} cannot be sent: {error}") from error
-        pickle.dump(packed, self._files.index, protocol=5)
         self._count += 1
 
     def collect(self) -> list[Any]:
@@ -72,7 +76,8 @@ class FileCollector(OutputCollector):
         if self._files is None:
             kept, self._kept = self._kept, []
             return kept
-        self._files.index.flush()
+        with self._files.complaining(f"the outputs of rank {self._ranks.rank} cannot be kept"):
+            self._files.index.flush()
         counts = distributed.gather_objects(self._count)
         with contextlib.ExitStack() as opened:
             files = {self._ranks.rank: self._files}
@@ -105,7 +110,8 @@ class FileCollector(OutputCollector):
             copy = opened.enter_context(_Files()) if keep else None
             for part in ("data", "index"):
                 source = getattr(self._files, part) if rank == self._ranks.rank else None
-                _broadcast_file(rank, source, getattr(copy, part, None))
+                with contextlib.nullcontext() if copy is None else copy.complaining(f"rank {rank}'s cannot be copied"):
+                    _broadcast_file(rank, source, getattr(copy, part, None))
             if copy is not None:
                 copies[rank] = copy
         return copies
@@ -146,7 +152,31 @@ class _Files:
 
     def close(self) -> None:
         self.data.close()
-        self.index.close()
+        # What is still to be written down is not wanted any more, and may find no room.
+        with contextlib.suppress(OSError):
+            self.index.close()
+
+    @contextlib.contextmanager
+    def complaining(self, what: str) -> Iterator[None]:
+        """Say what is full, and how full it is, where something cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            written = sum(os.fstat(file.fileno()).st_size for file in (self.data, self.index))
+            folder = tempfile.gettempdir()
+            free = shutil.disk_usage(folder).free
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {what} in {folder}, where {_size(free)} are free and this "
+                f"rank has written {_size(written)}; let the environment variable TMPDIR name a folder with more room, "
+                "or return less",
+            ) from error
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _unnamed_file(buffering: int) -> BinaryIO:
@@ -158,12 +188,29 @@ class _Reader:
 
     def __init__(self, files: _Files) -> None:
         self._data = transport.map_private(files.data)
-        # Processes that share an open file share its position, so this one is not read as a file.
-        size = os.fstat(files.index.fileno()).st_size
-        self._index = mmap.mmap(files.index.fileno(), size, access=mmap.ACCESS_READ) if size else None
+        self._index = io.BufferedReader(_FromStart(files.index.fileno()))
 
     def read(self) -> Any:
-        return transport.unpack(pickle.load(self._index), self._data)  # type: ignore[arg-type]
+        return transport.unpack(pickle.load(self._index), self._data)
+
+
+class _FromStart(io.RawIOBase):
+    """An open file, read from its start with a position of its own: processes that share the file share its position.
+
+    Unlike a map of the file, what was read does not count as this process's memory.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._position = descriptor, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self._descriptor, len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def _private_listener() -> tuple[str, socket.socket]:
@@ -214,6 +261,8 @@ def _broadcast_file(source: int, original: BinaryIO | None, copy: BinaryIO | Non
             chunk = torch.frombuffer(bytearray(os.pread(original.fileno(), length, start)), dtype=torch.uint8)
         distributed.broadcast(chunk, source)
         if copy is not None:
-            copy.write(chunk.numpy().tobytes())
+            rest = memoryview(cast("Any", chunk.numpy()))
+            while rest:
+                rest = rest[copy.write(rest) :]
     if copy is not None:
         copy.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -74,7 +73,6 @@ def signals_raise() -> Iterator[Callable[[], None]]:
     Yields:
         To be called when the cleaning begins: from then on they do nothing.
     """
-
     from torch.distributed.elastic.multiprocessing import SignalException
 
     def strike(number: int, _: FrameType | None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightlite.launch import echoes
+from lightlite.launch import echoes, stacks
 
 TAIL_LINES = 30
 CRASH_LINES = 200
@@ -59,6 +59,11 @@ class Failure:
         text = self.origin or (self.last_words() if self.exitcode == -signal.SIGABRT else "")
         return text if echoes.is_timeout(text) else ""
 
+    @property
+    def name(self) -> str:
+        """The rank, for people."""
+        return f"rank {self.rank} (host {socket.gethostname()}, pid {self.pid})"
+
     def describe(self, note: str = "") -> str:
         """The text that the user sees: one line on who failed, then the rank's own last words.
 
@@ -66,8 +71,7 @@ class Failure:
             note: Goes to the end of the first line.
         """
         words = (self.traceback or ("" if self.how else self.last_words())).rstrip()
-        who = f"rank {self.rank} (host {socket.gethostname()}, pid {self.pid})"
-        return f"{who} {self.how or self._exit()}{self.remark}{note}" + (f":\n{words}\n" if words else "\n")
+        return f"{self.name} {self.how or self._exit()}{self.remark}{note}" + (f":\n{words}\n" if words else "\n")
 
     def _exit(self) -> str:
         if self.exitcode >= 0:
@@ -114,7 +118,8 @@ def read_failure(
     return Failure(
         rank=rank,
         pid=pid,
-        exitcode=int(details.get("exitcode", 1)) if exitcode is None else exitcode,
+        # What comes after a rank's last word is the end of its interpreter, which may fail once more, or a signal.
+        exitcode=int(details["exitcode"]) if final or exitcode is None else exitcode,
         time=float(details.get("time", seen)),
         origin=str(details.get("origin", message.get("message", ""))),
         traceback=str(details.get("py_callstack", "")),
@@ -126,6 +131,23 @@ def first_cause(failures: list[Failure]) -> Failure:
     """The failure that brought the others about: the earliest, not counting ranks that only lost a neighbour."""
     causes = [failure for failure in failures if not failure.is_consequence]
     return min(causes or failures, key=lambda failure: (failure.time, failure.rank))
+
+
+def deadlock(failures: list[Failure]) -> Failure | None:
+    """The failure of ranks that waited for one another, with the place of each; None where that is not what failed."""
+    first, *others = sorted(failures, key=lambda failure: (not failure.timeout, failure.rank))
+    if not first.timeout or not all(failure.is_consequence for failure in failures):
+        return None
+    texts = [stacks.frames_of(first.traceback)]
+    texts += [f"{other.name} was here:\n{stacks.frames_of(other.traceback)}" for other in others]
+    how = f"waited{how_long(first.timeout)} for ranks that did not come; it was here"
+    return replace(first, how=how, traceback="\n".join(texts))
+
+
+def how_long(timeout: str) -> str:
+    """For how long a rank waited that says so, for people; empty where it does not say."""
+    seconds = echoes.seconds_waited(timeout)
+    return f" for more than {seconds:g} s" if seconds is not None else ""
 
 
 def memory_kills() -> int | None:

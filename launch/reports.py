@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from lightlite.errors import RankFailedError, RankTimeoutError
-from lightlite.launch import blame, echoes, transport
+from lightlite.launch import blame, echoes, stacks, transport
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,10 @@ def of_hanging(rank: int, pid: int, where: str, waiting: list[Report]) -> Report
 def of_deadlock(waiting: list[Report]) -> Report:
     """Several processes, each of which waited for another that had gone another way."""
     first, *others = sorted(waiting, key=lambda report: not report.waited)
-    texts = [_frames(first), *(f"{other.name} was here:\n{_frames(other)}" for other in others)]
-    how = f"waited{_how_long(waiting)} for ranks that did not come"
-    how += f", as did {len(others)} of them for others; it was here:" if others else "; it was here:"
+    texts = [stacks.frames_of(first.traceback or "")]
+    texts += [f"{other.name} was here:\n{stacks.frames_of(other.traceback or '')}" for other in others]
+    how = f"waited{_how_long(waiting)} for ranks that did not come; it was here:"
     return Report(first.rank, first.pid, first.host, first.when, "\n".join(texts), hangs=how)
-
-
-def _frames(report: Report) -> str:
-    """Where a rank was, without the words of the library that it was in."""
-    lines = (report.traceback or "").splitlines()
-    return "\n".join(line for line in lines if line.startswith("  "))
 
 
 def _how_long(waiting: list[Report]) -> str:

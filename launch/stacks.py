@@ -50,6 +50,11 @@ def ask(pid: int, file: int, beneath: str = "", seconds: float = 1.0) -> str:
     return readable(text, beneath)
 
 
+def frames_of(trace: str) -> str:
+    """The frames of a traceback, without the exception's own words and the first line."""
+    return "\n".join(line for line in trace.splitlines() if line.startswith("  "))
+
+
 def readable(text: str, beneath: str = "") -> str:
     """Faulthandler's account of a stack as a traceback: the innermost call last, with the lines of the source.
 

@@ -143,7 +143,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _typed_storage, (self._shareable(obj._untyped_storage), obj.dtype)
         if isinstance(obj, torch.UntypedStorage) and obj.device.type == "cpu":
             as_bytes = torch.empty(0, dtype=torch.uint8).set_(obj).numpy()
-            return _storage, (pickle.PickleBuffer(as_bytes.data),)
+            # Of the array, not of a memoryview: Python 3.11 crashes on those that end as garbage while they are in use.
+            return _storage, (pickle.PickleBuffer(cast("Any", as_bytes)),)
         if self._outputs and type(obj) is torch.Tensor and _is_part(obj):
             whole = obj.detach().clone(memory_format=torch.contiguous_format)
             return whole.requires_grad_(obj.requires_grad).__reduce_ex__(5)

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import queue
 import selectors
-import shutil
 import signal
 import socket
 import sys
@@ -42,7 +41,7 @@ def main() -> None:
     connection = socket.socket(fileno=descriptor)
     os.register_at_fork(after_in_child=connection.close)
     tasks: queue.SimpleQueue[tuple[Task, int]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, parent, folder, tasks), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, parent, tasks), daemon=True).start()
     gc.collect()
     gc.freeze()
     while True:
@@ -54,19 +53,18 @@ def main() -> None:
         try:
             messages.send(connection, report)
         except OSError:  # the parent is gone
-            _end(folder)
+            os.killpg(0, signal.SIGKILL)
         if report.stopped_caller:
             os.kill(parent, signal.SIGCONT)  # or it would never learn of it
         distributed.leave()
         gc.collect()
 
 
-def _listen(connection: socket.socket, parent: int, folder: str, tasks: queue.SimpleQueue[tuple[Task, int]]) -> None:
+def _listen(connection: socket.socket, parent: int, tasks: queue.SimpleQueue[tuple[Task, int]]) -> None:
     """Take tasks in, and end the process group, loader workers included, once the parent is gone.
 
     The end of the connection tells at once. The parent's id is looked at as well, for a program that the parent
-    started may have inherited its end. Linux's parent-death signal would not do: it comes when the thread ends
-    that started the helper, and it would spare the helper's own children.
+    started may have inherited its end. The guard, which does the same from outside, may be gone itself.
     """
     with selectors.DefaultSelector() as selector:
         selector.register(connection, selectors.EVENT_READ)
@@ -77,11 +75,6 @@ def _listen(connection: socket.socket, parent: int, folder: str, tasks: queue.Si
                 except EOFError:
                     break
                 tasks.put((task, file))
-    _end(folder)
-
-
-def _end(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

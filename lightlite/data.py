@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import random
 import sys
 from collections import deque
@@ -25,6 +26,9 @@ from torch.utils.data.distributed import DistributedSampler
 from lightlite import distributed
 from lightlite.errors import MisconfigurationException
 from lightlite.utilities.seed import capture_rng, restore_rng
+
+FEW = 16
+"""Indices by which ranks compare what their samplers draw."""
 
 BLOCK = 4096
 """Indices drawn from a sampler at a time, where the random state has to be borrowed for it."""
@@ -40,6 +44,7 @@ class Dealt(Sampler[Any]):
 
     Attributes:
         skip: Items of this rank to pass over at the beginning of the next pass.
+        limit: Items to draw from the source in the next pass; None for all.
         kept: Where items are noted as they are drawn, for whoever wants to know a batch's indices; None for nowhere.
     """
 
@@ -48,11 +53,12 @@ class Dealt(Sampler[Any]):
     ) -> None:
         self.source, self._deal, self._length = source, deal, length
         self.skip = 0
+        self.limit: int | None = None
         self.kept: deque[Any] | None = None
         self._last: _Draw | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        self._last = _Draw(iter(self.source))
+        self._last = _Draw(itertools.islice(iter(self.source), self.limit))
         dealt = self._deal(self._last)
         if self.skip:
             dealt = itertools.islice(dealt, self.skip, None)
@@ -69,6 +75,16 @@ class Dealt(Sampler[Any]):
             raise TypeError(f"{type(self.source).__name__} has no length")
         return self._length
 
+    def first_drawn(self) -> list[int] | None:
+        """The first indices drawn in this pass, as numbers; None where they are something else."""
+        items = itertools.chain.from_iterable(
+            item if isinstance(item, (list, tuple)) else (item,) for item in (self._last.drawn if self._last else ())
+        )
+        try:
+            return [operator.index(item) for item in itertools.islice(items, FEW)]
+        except TypeError:
+            return None
+
     def draw_first(self) -> None:
         """Draw the order's beginning now, so that it is drawn from the random state of this moment."""
         if self._last is not None:
@@ -76,42 +92,46 @@ class Dealt(Sampler[Any]):
 
 
 class _Draw:
-    """Draws from a sampler in blocks, each from the random state in which the one before it ended.
+    """Draws from a sampler or a stream in blocks, each from the random state in which the one before it ended.
 
-    So what a sampler draws late does not depend on the random numbers that the model has used meanwhile, which
-    differ from rank to rank.
+    So what is drawn late does not depend on the random numbers that the model has used meanwhile, which differ from
+    rank to rank. Where it has used none, rank zero's random state at the end is the one that one process would have.
     """
 
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._items = items
-        self._drawn: list[Any] = []
+    def __init__(self, items: Iterator[Any], block: int = BLOCK) -> None:
+        self._items, self._block = items, block
+        self.drawn: list[Any] = []
         self._next = 0
         self._state: Any = None
+        self._first: Any = None
         self._over = False
 
     def draw(self) -> None:
-        if self._over or self._next < len(self._drawn):
+        if self._over or self._next < len(self.drawn):
             return
         own = None if self._state is None else capture_rng()
         if own is not None:
             restore_rng(self._state)
-        self._drawn, self._next = list(itertools.islice(self._items, BLOCK)), 0
-        self._over = len(self._drawn) < BLOCK
-        if not self._over:
-            self._state = capture_rng()
-        if own is not None:
+        self.drawn, self._next = list(itertools.islice(self._items, self._block)), 0
+        self._over = len(self.drawn) < self._block
+        if own is not None and self._over and distributed.rank() == 0 and same_rng(own, self._first):
+            return
+        self._state = None if self._over else capture_rng()
+        if own is None:
+            self._first = self._state
+        else:
             restore_rng(own)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if self._next >= len(self._drawn):
+        if self._next >= len(self.drawn):
             self.draw()
-            if self._next >= len(self._drawn):
+            if self._next >= len(self.drawn):
                 raise StopIteration
         self._next += 1
-        return self._drawn[self._next - 1]
+        return self.drawn[self._next - 1]
 
 
 def slices(items: Iterator[Any], batch_size: int | None, drop_last: bool, rank: int, world: int) -> Iterator[Any]:
@@ -158,6 +178,8 @@ class RankLoader:
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
         self._dealt: Dealt | None = None
         self._passing = False
+        # Items drawn for a batch, from what is dealt out.
+        self._draws = self._world if training and self._splits_batches else 1
         self.loader = loader
         self.length: int | None
         if self._world > 1 and not _is_split_by_user(loader):
@@ -182,7 +204,8 @@ class RankLoader:
         rank, world = self._rank, self._world
         if not _is_map_style(self.source):
             self._passing = True
-            return self.source
+            # Persistent workers of the user's own would be at another point of their random stream than new ones.
+            return twin_of(self.source) if isinstance(self.source, DataLoader) else self.source
         loader: DataLoader[Any] = self.source
         if not self._training:
             batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
@@ -215,6 +238,7 @@ class RankLoader:
         elif total is not None:
             length = len(range(self._rank, total, self._world))
         self._dealt = Dealt(source, deal, length)
+        self._draws = 1 if size is None else size * self._world
         twin = with_sampler(self.source, self._dealt, unbatched)
         twin.worker_init_fn = WorkerSeed(self._rank, twin.worker_init_fn)
         return twin
@@ -227,21 +251,29 @@ class RankLoader:
             return count
         return count // self._world if self._drops_last else -(-count // self._world)
 
-    def start(self, skip: int = 0) -> Iterator[Any]:
+    def start(self, skip: int = 0, limit: int | None = None) -> Iterator[Any]:
         """This rank's batches of one pass. A collective call where batches are dealt out.
 
         Args:
             skip: Batches of this rank to pass over: by index where the loader allows it, else by loading them.
+            limit: After how many batches to end: in training of this rank, in evaluation of all ranks together. Nothing
+                more is drawn then, so that generators stand where one process would leave them.
+
+        Raises:
+            MisconfigurationException: On every rank, where the ranks' samplers do not draw the same.
         """
+        stop = None if limit is None else limit * self._draws
         loader = self.loader
         if skip and self._dealt is None and _is_map_style(loader):
             loader = self._pass_on()
         if self._dealt is not None:
-            self._dealt.skip = skip
-        mine: Iterator[Any] = self._start_alike(loader) if self._splits_batches else iter(loader)
+            self._dealt.skip, self._dealt.limit = skip, stop
+        mine: Iterator[Any] = self._start_alike(loader, stop) if self._splits_batches else iter(loader)
         if self._dealt is not None:
             self._dealt.draw_first()
             return mine
+        if stop is not None and not self._passing:
+            mine = itertools.islice(mine, stop)
         if self._passing:
             dealt = slices(mine, None, self._drops_last, self._rank, self._world) if self._training else mine
             mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
@@ -251,7 +283,7 @@ class RankLoader:
         """A copy of the loader that draws what it would draw anyway, through this file's sampler."""
         loader = self.source
         unbatched = loader.batch_sampler is None
-        self._dealt = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length)
+        self._dealt, self._draws = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length), 1
         self.loader = with_sampler(loader, self._dealt, unbatched)
         return self.loader
 
@@ -269,7 +301,7 @@ class RankLoader:
     def _drops_last(self) -> bool:
         return bool(getattr(self.source, "drop_last", False))
 
-    def _start_alike(self, loader: Any) -> Iterator[Any]:
+    def _start_alike(self, loader: Any, stop: int | None) -> Iterator[Any]:
         """Begin a pass from rank zero's random state on every rank; the others get their own back."""
         own = capture_rng()
         state = distributed.broadcast_object(own)
@@ -278,16 +310,36 @@ class RankLoader:
         mine: Iterator[Any] = iter(loader)
         if self._dealt is not None:
             self._dealt.draw_first()
+        elif getattr(loader, "num_workers", 0):
+            mine = itertools.islice(mine, stop)
+        else:
+            mine = _Draw(itertools.islice(mine, stop), 1)
+            mine.draw()
         if self._rank:
             restore_rng(own)
+        if self._dealt is not None:
+            self._check_alike(self._dealt)
         return mine
 
+    @staticmethod
+    def _check_alike(dealt: Dealt) -> None:
+        drawn = distributed.gather_objects(dealt.first_drawn())
+        for rank, items in enumerate(drawn):
+            if items != drawn[0]:
+                raise MisconfigurationException(
+                    f"{type(dealt.source).__name__} draws other indices on rank {rank} than on rank 0: {items} there, "
+                    f"{drawn[0]} here; let it draw from torch's, NumPy's or Python's global generator, or from one of "
+                    "its own with a fixed seed, or split the data yourself and pass use_distributed_sampler=False"
+                )
+
     def close(self) -> None:
-        """End the persistent workers of this rank's copy of the loader; the user's own keeps its.
+        """End persistent workers with the call that started them, as Lightning does.
 
         Left to the garbage collector, they are waited for in vain, five seconds each.
         """
-        if self.loader is not self.source and hasattr(self.loader, "_iterator"):
+        workers: Any = getattr(self.loader, "_iterator", None)
+        if hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
             object.__setattr__(self.loader, "_iterator", None)
 
     def _generators(self) -> list[Any]:
@@ -341,11 +393,28 @@ class WorkerSeed:
             self._init(worker_id)
 
 
-def with_sampler(loader: Any, sampler: Any, unbatched: bool) -> Any:
-    """A shallow copy of a DataLoader, of its own class, that draws from another (batch) sampler."""
+def twin_of(loader: Any) -> Any:
+    """A shallow copy of a DataLoader, of its own class, with workers of its own, whose batches come in order."""
     twin = copy.copy(loader)
-    object.__setattr__(twin, "sampler" if unbatched else "batch_sampler", sampler)
     object.__setattr__(twin, "_iterator", None)
+    object.__setattr__(twin, "in_order", True)
+    return twin
+
+
+def same_rng(one: Any, other: Any) -> bool:
+    """Whether two random states, as from `capture_rng`, are equal."""
+    if one is None or other is None or one.keys() != other.keys():
+        return False
+    return all(
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        for name, value in one.items()
+    )
+
+
+def with_sampler(loader: Any, sampler: Any, unbatched: bool) -> Any:
+    """The same, drawing from another (batch) sampler."""
+    twin = twin_of(loader)
+    object.__setattr__(twin, "sampler" if unbatched else "batch_sampler", sampler)
     return twin
 
 
@@ -465,11 +534,9 @@ class NestLoader:
         self.length = max(known) if len(known) == len(self._parts) else None
         self.loader = self
 
-    def start(self, skip: int = 0) -> Iterator[Any]:
+    def start(self, skip: int = 0, limit: int | None = None) -> Iterator[Any]:
         """The batches of one pass; see `RankLoader.start`."""
-        if skip or self.length is None:
-            return itertools.islice(self._together(), skip, None)
-        return self._together()
+        return itertools.islice(self._together(), skip, limit)
 
     def _together(self) -> Iterator[Any]:
         running = [part.start() for part in self._parts]

@@ -9,6 +9,7 @@ same keys. The names under which values reach loggers and callbacks follow Light
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -97,6 +98,7 @@ class Entry:
         self.key = self.place.name + suffix
         self.step_key = f"{self.place.name}_step{suffix}" if forked else self.key
         self.epoch_key = f"{self.place.name}_epoch{suffix}" if forked else self.key
+        self.custom = not isinstance(self.reduce, str)
         self.latest: Any = None
         self.fresh = False
         self.reduced = False
@@ -107,7 +109,7 @@ class Entry:
         self.weight = 0.0
 
     def add(self, value: Any, weight: float) -> None:
-        """Set one step's value aside for the epoch's."""
+        """Set one step's value aside for the epoch's; a custom reduction gets the values in order of their weights."""
         self.values.append(value)
         self.weights.append(weight)
         if len(self.values) >= FOLD_EVERY:
@@ -115,8 +117,9 @@ class Entry:
 
     def fold(self) -> None:
         """Reduce what was set aside since the last call, without waiting for the device."""
-        if not self.values or not isinstance(self.reduce, str):
+        if not self.values or self.custom:
             return
+        assert isinstance(self.reduce, str)
         stacked = _stack(self.values)
         if self.reduce == "mean":
             weights = torch.tensor(self.weights, dtype=stacked.dtype).to(stacked.device)
@@ -132,9 +135,11 @@ class Entry:
     def share(self) -> Share:
         """This rank's part of the epoch's value. Waits for the device."""
         flags = (self.rank_zero_only, self.epoch_key, self.logger, self.prog_bar)
-        if not isinstance(self.reduce, str):
-            return Share("custom", _stack(self.values).tolist(), float(len(self.values)), *flags)
+        if self.custom:
+            in_turn = list(zip(self.weights, _stack(self.values).tolist(), strict=True))
+            return Share("custom", in_turn, float(len(in_turn)), *flags)
         self.fold()
+        assert isinstance(self.reduce, str)
         return Share(self.reduce, float(self.total), self.weight, *flags)
 
     def step_value(self) -> Any:
@@ -151,7 +156,8 @@ def combine(shares: Sequence[Share], function: Callable[[Any], Any] | None = Non
     reduce = shares[0].reduce
     if reduce == "custom":
         assert function is not None
-        return float(function(torch.tensor([value for total in totals for value in total], dtype=torch.float64)))
+        in_turn = sorted((pair for total in totals for pair in total), key=operator.itemgetter(0))
+        return float(function(torch.tensor([value for _, value in in_turn], dtype=torch.float64)))
     if any(math.isnan(total) for total in totals):
         return math.nan
     if reduce in ("min", "max"):
@@ -206,12 +212,14 @@ class Results:
         self.epoch_values: dict[Place, tuple[str, float]] = {}
         self.batches: Counter[int] = Counter()
         self.in_batch = False
+        self.computed: list[Any] = []
 
     def reset(self) -> None:
-        """Forget everything, for a new epoch; torchmetrics' metrics start anew."""
-        for entry in self.entries.values():
-            if entry.metric is not None:
-                entry.metric.reset()
+        """Forget everything, for a new epoch; torchmetrics' metrics start anew, those logged by other ranks too."""
+        for metric in [entry.metric for entry in self.entries.values()] + self.computed:
+            if metric is not None:
+                metric.reset()
+        self.computed.clear()
         self.entries.clear()
         self.epoch_values.clear()
         self.batches.clear()
@@ -290,7 +298,12 @@ class Recorder:
         if entry.on_epoch and entry.metric is None:
             weighed = entry.reduce == "mean" and self.hook in BATCH_HOOKS
             size = self._size_of_batch(name) if weighed and batch_size is None else batch_size
-            entry.add(value, 1 if not weighed or size is None else size)
+            entry.add(value, self._turn(entry) if entry.custom else 1 if not weighed or size is None else size)
+
+    def _turn(self, entry: Entry) -> int:
+        """Number of the batch on this rank: batches are dealt out in turn, which tells the order of all."""
+        assert self.active is not None
+        return len(entry.values) if self.active.training else self.active.batches[self.dataloader_idx or 0]
 
     def _size_of_batch(self, name: str) -> int:
         if self._measured is None or self._measured[0] is not self.batch:
@@ -371,6 +384,11 @@ class Recorder:
         for place in places:
             parts = _parts(place, gathered)
             value = self._value_of(place, parts, results)
+            if parts[0].reduce == "custom" and len(parts) < len(gathered):
+                # The function stays with those who logged something.
+                value = distributed.broadcast_object(
+                    value, next(r for r, (_, own) in enumerate(gathered) if place in own)
+                )
             self._publish_epoch(place, parts[0], value)
             results.epoch_values[place] = (parts[0].key, value)
             if parts[0].logger:
@@ -400,10 +418,25 @@ class Recorder:
                 return math.nan
             function = None if entry is None or isinstance(entry.reduce, str) else entry.reduce
             return combine(parts, function)
-        assert self.module is not None
-        entry = results.entries.get(place)
-        metric: Any = self.module.get_submodule(parts[0].total) if entry is None else entry.metric
+        metric = self._metric(place, parts, results)
+        results.computed.append(metric)
         return float(metric.compute())
+
+    def _metric(self, place: Place, parts: list[Share], results: Results) -> Any:
+        """The metric that was logged, on ranks as well that had no batch to log it with.
+
+        Raises:
+            MisconfigurationException: On every rank, where such a rank cannot find it.
+        """
+        path = parts[0].total
+        if not path and len(parts) < distributed.world_size():
+            raise MisconfigurationException(
+                f"self.log({place.name!r}, …) was given a metric that is no attribute of the module, and there are "
+                f"ranks without a batch, which cannot find it; assign it in __init__, as in self.{place.name} = …"
+            )
+        entry = results.entries.get(place)
+        assert self.module is not None
+        return self.module.get_submodule(path) if entry is None else entry.metric
 
     def _path_of(self, entry: Entry) -> str:
         """Where in the module a logged Metric lies, for ranks that had no batch to log it with."""

@@ -51,7 +51,7 @@ class BasePredictionWriter(Callback):
             prediction: What `predict_step` returned.
             batch_indices: Which samples of the dataset the batch holds; None for an iterable dataset.
             batch: The batch.
-            batch_idx: Its index.
+            batch_idx: Its index among all batches of its loader, those of other ranks included.
             dataloader_idx: Its loader's index.
         """
         raise NotImplementedError(f"{type(self).__name__} writes per batch, and lacks write_on_batch_end")
@@ -69,7 +69,8 @@ class BasePredictionWriter(Callback):
             trainer: The trainer.
             pl_module: The module.
             predictions: What `predict_step` returned, by batch; by loader and batch where there are several loaders.
-            batch_indices: Which samples of the dataset each batch holds, nested in the same way.
+            batch_indices: Which samples of the dataset each batch holds, by loader and batch, even where there is one
+                loader; None for a batch of an iterable dataset.
         """
         raise NotImplementedError(f"{type(self).__name__} writes per epoch, and lacks write_on_epoch_end")
 

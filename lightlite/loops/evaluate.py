@@ -21,6 +21,7 @@ from lightlite.loops.batches import batch_preparer
 from lightlite.loops.calls import positional, takes_batch_idx
 from lightlite.loops.session import session
 from lightlite.module import LightningModule
+from lightlite.nest import move_to
 from lightlite.progress import RunningStage, TrainerFn
 from lightlite.registry import CollectorRegistry
 from lightlite.results import Results, numbers
@@ -92,9 +93,8 @@ class _BatchLoop:
 
     def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
         """This rank's batches of one loader, with their indices among all."""
-        first, stride = loader.first, loader.stride
-        mine = None if limit in (None, loader.length) else len(range(first, limit, stride))
-        return zip(itertools.count(first, stride), itertools.islice(loader.start(), mine), strict=False)
+        mine = loader.start(limit=None if limit == loader.length else limit)
+        return zip(itertools.count(loader.first, loader.stride), mine, strict=False)
 
     def _hooks(self, when: str) -> None:
         self.trainer.hooks.call(f"on_{self.word}_{when}")
@@ -247,6 +247,8 @@ class PredictionLoop(_BatchLoop):
         self._keep = keep
         writers = [callback for callback in trainer.callbacks if isinstance(callback, BasePredictionWriter)]
         self._keeps_own = any(writer.interval != "batch" for writer in writers)
+        # Kept outputs must not fill the device, and are the same on any number of ranks.
+        self._fetches = trainer.strategy.accelerator.batch_mover(trainer.strategy.root_device) is not None
         self._drawn = [loader.track() if writers else None for loader in self.loaders]
         self.current_batch_indices: list[int] | None = None
         self._indices: list[list[Any]] = [[] for _ in self.loaders]
@@ -259,17 +261,19 @@ class PredictionLoop(_BatchLoop):
 
     @property
     def epoch_batch_indices(self) -> list[Any]:
-        """Which samples of the dataset each of this rank's batches holds, nested as `predictions` are."""
-        return self._indices[0] if len(self.loaders) == 1 else self._indices
+        """Which samples of the dataset each of this rank's batches holds, by loader and batch, as in Lightning."""
+        return self._indices
 
     def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
         batches = super()._batches(loader, limit)
         drawn = self._drawn[self.loaders.index(loader)]
+        self.current_batch_indices = None
         return batches if drawn is None else self._with_indices(batches, drawn)
 
     def _with_indices(self, batches: Iterator[tuple[int, Any]], drawn: deque[Any]) -> Iterator[tuple[int, Any]]:
         for batch_idx, batch in batches:
             indices = drawn.popleft()
+            indices = indices.tolist() if hasattr(indices, "tolist") else indices
             self.current_batch_indices = list(indices) if isinstance(indices, (list, tuple)) else [indices]
             yield batch_idx, batch
 
@@ -301,6 +305,8 @@ class PredictionLoop(_BatchLoop):
         return predictions[0] if len(predictions) == 1 else predictions
 
     def _take(self, collectors: list[Any], loader_idx: int, output: Any) -> None:
+        if self._fetches and (collectors or self._keeps_own):
+            output = move_to(output, torch.device("cpu"))
         if collectors:
             collectors[loader_idx].put(output)
         if self._keeps_own:

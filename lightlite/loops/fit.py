@@ -279,8 +279,6 @@ class FitLoop:
         self._enter_batches()
         if loader.length is None:
             return self._looking_ahead(batches, skip)
-        if self.length != loader.length:
-            batches = itertools.islice(batches, int(self.length) - skip)
         return zip(batches, range(skip, int(self.length)), strict=False)
 
     def _enter_batches(self) -> None:
@@ -297,7 +295,8 @@ class FitLoop:
             loader.load_state_dict(resumed.get("loader"))
         else:
             trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
-        batches = loader.start(skip)
+        limited = loader.length is not None and self.length != loader.length
+        batches = loader.start(skip, int(self.length) if limited else None)
         if skip and resumed is not None:
             trainer.epoch_random_state = {key: resumed[key] for key in ("epoch", "loader")}
             restore_rng(resumed["now"])

@@ -124,7 +124,7 @@ def test_a_helper_that_waits_for_ranks_that_are_done_is_shown(pool: HelperPool) 
         if ranks.rank == 1:
             wait_for_a_message_that_nobody_sends()
 
-    with pytest.raises((RankTimeoutError, RuntimeError), match="did not come|Connection closed") as caught:
+    with pytest.raises((RankTimeoutError, RuntimeError), match=r"did not come|Connection closed") as caught:
         pool.run(work)
     assert "wait_for_a_message_that_nobody_sends" in str(caught.value) + str(caught.value.__cause__)
 

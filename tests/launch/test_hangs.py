@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import RankTimeoutError
+from lightlite.launch import helpers
 from lightlite.launch.helpers import HelperPool
 
 TIMEOUT = timedelta(seconds=1)
@@ -31,6 +32,7 @@ SOON = 6.0
 
 @pytest.fixture
 def pool() -> Iterator[HelperPool]:
+    helpers._end_all()  # those that an earlier test of this process has left warm
     pool = HelperPool(3)
     yield pool
     pool.close()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import RankFailedError
+from lightlite.launch import helpers
 from lightlite.launch.helpers import HelperPool
 
 
@@ -35,6 +36,7 @@ class Unpicklable(Exception):
 
 @pytest.fixture
 def pool() -> Iterator[HelperPool]:
+    helpers._end_all()  # those that an earlier test of this process has left warm
     pool = HelperPool(3)
     yield pool
     pool.close()
@@ -233,6 +235,7 @@ import ctypes, os, subprocess, sys, time
 import torch
 from torch.utils.data import DataLoader
 from lightlite import distributed
+from lightlite.launch import helpers
 from lightlite.launch.helpers import HelperPool
 
 def slow(items):

@@ -118,6 +118,7 @@ def test_a_copy_for_another_rank_keeps_the_version_and_writes_nothing(
     logger.log_metrics({"a": 1.0}, step=0)
     copy = pickle.loads(pickle.dumps(logger))
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert (copy.version, copy.log_dir) == (0, logger.log_dir)
     assert isinstance(copy.experiment, DummyExperiment)
     copy.log_metrics({"a": 1.0}, step=0)
@@ -130,6 +131,7 @@ def test_other_ranks_take_rank_zeros_version(tmp_path: Path, monkeypatch: pytest
     said: list[object] = []
     on_zero.share(lambda value: said.append(value) or value)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     on_one.share(lambda _: said[0])
     assert on_one.version == on_zero.version == 0
 

@@ -49,6 +49,7 @@ def test_the_experiment_is_real_on_rank_zero_only(monkeypatch: pytest.MonkeyPatc
     logger = ListLogger()
     assert logger.experiment is logger.rows
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert isinstance(logger.experiment, DummyExperiment)
     assert logger.experiment.add_image("a", 1) is None
     logger.experiment["x"]["y"] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
@@ -24,7 +25,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lightlite.errors import MisconfigurationException
 from lightlite.launch import guard as guarding
-from lightlite.launch import hanging
+from lightlite.launch import hanging, stacks
 from lightlite.launch.ending import SIGNALS, Guard, second_interrupt, signals_raise
 from lightlite.launch.failure import Failure, deadlock, first_cause, how_long, memory_kills, read_failure
 from lightlite.launch.logs import RankLogs
@@ -126,9 +127,11 @@ class RankAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         failures = self._failures(worker_group)
         if not failures:
-            self._last_poll = time.time()
-            healthy: RunResult = super()._monitor_workers(worker_group)
-            return healthy
+            self._last_poll, self._memory_kills = time.time(), memory_kills()
+            if any(process.poll() != 0 for process in self._processes().values()):
+                return RunResult(WorkerState.HEALTHY)  # one that fails meanwhile is found the next time
+            finished: RunResult = super()._monitor_workers(worker_group)
+            return finished
         failures = self._with_cause(worker_group, failures)
         hanging_rank = self._hanging(worker_group, failures)
         leaving = {failure.pid for failure in failures}
@@ -141,7 +144,7 @@ class RankAgent(LocalElasticAgent):
         self.failure = cause
         left = self._remaining_restarts
         if left:
-            report(cause, self._logs_specs.root_log_dir, f"; starting all ranks anew (restarts left: {left})")
+            report(cause, self._logs_specs.root_log_dir, f"; starting all ranks anew (restarts left: {left - 1})")
         return result
 
     def _failures(self, worker_group: WorkerGroup) -> list[Failure]:
@@ -203,8 +206,12 @@ class RankAgent(LocalElasticAgent):
         """
         assert self._pcontext is not None
         files = self._pcontext.error_files
-        answers = {pid: Path(files[rank]).with_name("stack.txt") for rank, pid in running.items()}
-        found = hanging.find(answers, str(ENTRY))
+        found = hanging.find(
+            {
+                pid: functools.partial(stacks.ask_file, pid, Path(files[rank]).with_name("stack.txt"), str(ENTRY))
+                for rank, pid in running.items()
+            }
+        )
         local_rank = next(rank for rank, pid in running.items() if pid == found.pid)
         return Failure(
             rank=worker_group.workers[local_rank].global_rank,

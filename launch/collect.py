@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import multiprocessing.util
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from lightlite.distributed import Ranks
 from lightlite.errors import NotSendableError
 from lightlite.interfaces import OutputCollector
 from lightlite.launch import messages, transport, unsendable
+from lightlite.launch.blame import OtherRankFailed
 
 CHUNK = 16 * 2**20
 """Bytes that travel between machines at a time."""
@@ -119,9 +121,9 @@ class FileCollector(OutputCollector):
     def _exchange(self, files: dict[int, _Files], opened: contextlib.ExitStack) -> dict[int, _Files]:
         """Hand the open files round on this machine: all ranks' to the first one, and from there to all."""
         first = self._ranks.rank - self._ranks.local_rank
-        if self._ranks.local_world_size == 1:
-            return files
-        if self._ranks.rank == first:
+        try:
+            if self._ranks.rank != first:
+                return _exchange_with(distributed.gather_objects(None)[first], files, opened)
             folder, listener = _private_listener()
             try:
                 with listener:
@@ -129,12 +131,8 @@ class FileCollector(OutputCollector):
                     return _gather_files(files, listener, self._ranks.local_world_size - 1, opened)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-        address = distributed.gather_objects(None)[first]
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(TIMEOUT)
-            connection.connect(address)
-            _send_files(connection, files)
-            return dict(_receive_files(connection, opened))
+        except (EOFError, ConnectionError, TimeoutError) as error:
+            raise OtherRankFailed(f"another rank was lost while predictions were collected: {error}") from error
 
 
 class _Files:
@@ -213,9 +211,17 @@ class _FromStart(io.RawIOBase):
         return len(data)
 
 
+def _exchange_with(address: str, files: dict[int, _Files], opened: contextlib.ExitStack) -> dict[int, _Files]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(TIMEOUT)
+        connection.connect(address)
+        _send_files(connection, files)
+        return dict(_receive_files(connection, opened))
+
+
 def _private_listener() -> tuple[str, socket.socket]:
     """A socket in a folder that only this user can enter. Its path must be short: systems allow about 100 bytes."""
-    parent = tempfile.gettempdir()
+    parent = multiprocessing.util.get_temp_dir()  # which is removed if this process is killed
     folder = tempfile.mkdtemp(prefix="lightlite-", dir=parent if len(parent) < 60 else "/tmp")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(os.path.join(folder, "files"))

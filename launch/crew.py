@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import multiprocessing.util
 import os
 import signal
@@ -80,7 +81,9 @@ class Crew:
         self._guard = Guard()
         # Loader workers, here and there, keep sockets in this folder; made here, it is removed however they end.
         self._folder = multiprocessing.util.get_temp_dir()
-        self._guard.watch(self._guard.mark, self._folder)
+        self._guard.watch(self._guard.mark)
+        if multiprocessing.parent_process() is None:  # else the folder is that process's
+            self._guard.watch(self._folder)
         self.helpers = [Helper(rank, threads, self._folder, self._guard.variables) for rank in range(1, size)]
         self._guard.watch(*(helper.process.pid for helper in self.helpers))
 

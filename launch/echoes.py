@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _TIMEOUT = re.compile(
-    r"timed out waiting \d+ ?ms|wait timeout after \d+ ?ms|timed? ?out after \d+ ?(ms|milliseconds|s\b|seconds)"
+    r"timed out waiting \d+ ?ms|wait timeout after \d+ ?ms|timed out after \d+ ?(ms|milliseconds|seconds waiting for)\b"
     r"|watchdog caught collective operation timeout|before timing out|pass monitoredbarrier in|socket timeout",
     re.IGNORECASE,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from lightlite.launch import echoes, stacks
 TAIL_LINES = 30
 CRASH_LINES = 200
 CRASH = "Fatal Python error:"
+
+_OF_TORCH = re.compile(r"RuntimeError\b|Dist\w*Error\b|OtherRankFailed\b")
+"""Types of the exceptions by which torch tells that another rank is missing."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ class Failure:
     def is_consequence(self) -> bool:
         """Whether the rank seems to have failed only because it lost another, or waited for it in vain."""
         if self.origin:
-            return echoes.is_echo(self.origin)
+            return _OF_TORCH.match(self.origin) is not None and echoes.is_echo(self.origin)
         return self.exitcode == -signal.SIGABRT  # NCCL's watchdog ends ranks that way
 
     @property
     def timeout(self) -> str:
         """The text that tells that the rank waited in vain for another; empty if it did not fail by that."""
-        text = self.origin or (self.last_words() if self.exitcode == -signal.SIGABRT else "")
+        text = self.origin if self.is_consequence else ""
+        text = text or (self.last_words() if self.exitcode == -signal.SIGABRT else "")
         return text if echoes.is_timeout(text) else ""
 
     @property

@@ -51,7 +51,7 @@ def _lines(parent: int) -> Iterable[str]:
 
 
 def end(groups: Iterable[int], marks: Iterable[str] = (), patience: float = 1.0) -> None:
-    """Kill processes, and return when they are gone.
+    """Kill processes, and return when they are gone; where processes cannot be listed, only signal the groups.
 
     Args:
         groups: Process groups.

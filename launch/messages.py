@@ -1,4 +1,4 @@
-"""What the calling process and its helpers say to each other, over a pair of connected sockets."""
+"""Objects and open files on their way between processes of one machine, over connected sockets."""
 
 from __future__ import annotations
 

@@ -13,10 +13,8 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-
 from lightlite.errors import RankFailedError, RankTimeoutError
-from lightlite.launch import blame, echoes, stacks, transport
+from lightlite.launch import blame, echoes, hanging, stacks, transport
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def of_error(rank: int, error: BaseException, *, caller: int | None = None) -> R
     trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
     exitcode = None
     if isinstance(error, SystemExit):
-        exitcode = error.code if isinstance(error.code, int) else int(error.code is not None)
+        exitcode = error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
     pickled = None
     if isinstance(error, Exception):
         with contextlib.suppress(Exception):  # then the traceback has to tell it all
@@ -93,7 +91,7 @@ def of_error(rank: int, error: BaseException, *, caller: int | None = None) -> R
         exitcode,
         echo=blame.is_consequence(error),
         waited=waited,
-        stopped_caller=waited and caller is not None and is_stopped(caller),
+        stopped_caller=waited and caller is not None and hanging.is_stopped(caller),
     )
 
 
@@ -128,14 +126,6 @@ def of_deadlock(waiting: list[Report]) -> Report:
 def _how_long(waiting: list[Report]) -> str:
     seconds = (echoes.seconds_waited(report.traceback or "") for report in waiting if report.waited)
     return next((f" for more than {value:g} s" for value in seconds if value), "")
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, as by SIGSTOP or by Ctrl-Z."""
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.Error:
-        return False
 
 
 def describe(failure: Report) -> RankFailedError:

@@ -12,6 +12,7 @@ import re
 import signal
 import time
 import traceback
+from pathlib import Path
 
 SIGNAL = signal.SIGURG
 """Nobody uses it, and a process that does not listen ignores it."""
@@ -32,7 +33,6 @@ def ask(pid: int, file: int, beneath: str = "", seconds: float = 1.0) -> str:
         file: Its file; the two share its position.
         beneath: As for `readable`.
         seconds: How long to wait for the answer.
-        beneath: As for `readable`.
     """
     start = os.fstat(file).st_size
     try:
@@ -48,6 +48,18 @@ def ask(pid: int, file: int, beneath: str = "", seconds: float = 1.0) -> str:
             break
         text = now
     return readable(text, beneath)
+
+
+def ask_file(pid: int, path: Path, beneath: str) -> str:
+    """The same of a process that answers to a file with a name."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        return ask(pid, descriptor, beneath, seconds=0.5)
+    finally:
+        os.close(descriptor)
 
 
 def frames_of(trace: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import selectors
 import signal
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import TypeVar
 
 from lightlite import distributed
-from lightlite.launch import messages, reports
+from lightlite.launch import hanging, messages, reports
 from lightlite.launch.blame import OtherRankFailed, is_consequence, starts_as_consequence
 from lightlite.launch.crew import Crew, Helper
 from lightlite.launch.reports import Report
@@ -29,6 +30,9 @@ GRACE = 0.5
 PATIENCE = 1.0
 """Seconds to look for the cause of a failure that looks like the consequence of another."""
 
+DECISION = 5.0
+"""Seconds that a rank 0 which lost the others waits, at most, for the decision whose failure it was."""
+
 NOTICE = 1.0
 """Seconds that rank 0 gets to notice, in a collective, that the others are gone. After that it is told."""
 
@@ -37,9 +41,6 @@ LONG_NOTICE = 20.0
 
 REMINDER = 5.0
 """Seconds after which a rank 0 that goes on all the same is told again."""
-
-STOPPED = "it is stopped (SIGSTOP)"
-SILENT = "it does not answer the question where it is"
 
 
 class Watch:
@@ -65,6 +66,7 @@ class Watch:
         self._signals, self._wakeup = socket.socketpair()
         self._forward_to = -1
         self._interrupted: float | None = None
+        self._heeded = -math.inf
         self._caller = threading.current_thread()
         self._listener = threading.Thread(target=self._listen, name="lightlite-watch", daemon=True)
 
@@ -119,7 +121,7 @@ class Watch:
             return error
         with self._lock:
             self._suspects.append(reports.of_error(0, error))
-        self._settled.wait(PATIENCE + GRACE + NOTICE)
+        self._settled.wait(DECISION)
         failure = self._failure
         if failure is None:
             return error
@@ -178,7 +180,7 @@ class Watch:
         if certain or not suspects:
             return certain[0] if certain else None
         if any(report.stopped_caller for report in suspects):
-            return reports.of_hanging(0, os.getpid(), STOPPED, suspects)
+            return reports.of_hanging(0, os.getpid(), "it is stopped (SIGSTOP)", suspects)
         everybody_came = not self._waiting and self._aware.is_set()
         if not everybody_came and time.monotonic() - suspects[0].when < PATIENCE:
             return None
@@ -186,11 +188,11 @@ class Watch:
 
     def _who_hangs(self, suspects: list[Report]) -> Report:
         """The rank that the others waited for in vain, or all of them if they waited for one another."""
-        for helper in self._waiting.values():
-            pid = helper.process.pid
-            stack = "" if reports.is_stopped(pid) else helper.stack()
-            where = f"it was here:\n{stack}" if stack else STOPPED if reports.is_stopped(pid) else SILENT
-            return reports.of_hanging(helper.rank, pid, where, suspects)
+        running = {helper.process.pid: helper for helper in self._waiting.values()}
+        if running:
+            found = hanging.find({pid: helper.stack for pid, helper in running.items()})
+            where = f"{found.how}:\n{found.stack}" if found.stack else found.how
+            return reports.of_hanging(running[found.pid].rank, found.pid, where, suspects)
         if not self._aware.is_set():
             return reports.of_hanging(0, os.getpid(), "its traceback above shows where it was", suspects)
         return reports.of_deadlock(suspects)
@@ -202,11 +204,16 @@ class Watch:
         if self._forward_to >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._forward_to, numbers)
-        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._interrupted = self._interrupted or time.monotonic()
+        raises = signal.getsignal(signal.SIGINT) == self._on_interrupt
+        if signal.SIGINT in numbers and raises and self._was_heeded():
+            self._interrupted = time.monotonic()
+
+    def _was_heeded(self) -> bool:
+        # Its handler may have run before this thread came to hear of the signal.
+        return self._interrupted is None or self._heeded > self._interrupted - NOTICE
 
     def _is_interrupted_in_vain(self) -> bool:
-        if self._interrupted is None or self._aware.is_set():
+        if self._interrupted is None or self._was_heeded() or self._aware.is_set():
             return False
         return time.monotonic() - self._interrupted > NOTICE
 
@@ -243,18 +250,29 @@ class Watch:
         in_main = threading.current_thread() is threading.main_thread()
         if in_main:
             previous = signal.signal(signal.SIGURG, self._on_urgent)
+            interrupt = signal.getsignal(signal.SIGINT)
+            if interrupt is signal.default_int_handler:
+                signal.signal(signal.SIGINT, self._on_interrupt)
             self._wakeup.setblocking(False)
             self._forward_to = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._aware.set()  # from here on the handler raises nothing
+                with self._lock:
+                    if self._told and not in_main:
+                        _raise_in(self._caller, None)
         finally:
-            with self._lock:
-                self._aware.set()
-                if self._told and not in_main:
-                    _raise_in(self._caller, None)
             if in_main:
                 signal.set_wakeup_fd(self._forward_to, warn_on_full_buffer=False)
                 signal.signal(signal.SIGURG, previous or signal.SIG_DFL)
+                if signal.getsignal(signal.SIGINT) == self._on_interrupt:
+                    signal.signal(signal.SIGINT, interrupt)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._heeded = time.monotonic()
+        signal.default_int_handler(number, frame)
 
     def _on_urgent(self, number: int, frame: FrameType | None) -> None:
         if self._told and not self._aware.is_set():

@@ -107,13 +107,13 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
 
 
 def _check_in(store: dist.Store, ranks: Ranks, patience: timedelta) -> None:
-    """Wait for every rank, and for the word of one that will not come."""
-    store.set(f"here/{ranks.rank}", "")
-    for rank in range(ranks.world_size):
-        store.wait([f"here/{rank}"], patience)
-        if why := store.get(f"here/{rank}").decode():
-            store.set(f"heard/{ranks.rank}", "")
-            raise MisconfigurationException(f"rank {rank} cannot take part: {why}")
+    """Wait for every rank, or for the word of one that will not come."""
+    if store.add("here", 1) == ranks.world_size:
+        store.set("go", "")
+    store.wait(["go"], patience)
+    if why := store.get("go").decode():
+        _hear(store, ranks)
+        raise MisconfigurationException(why)
 
 
 def withdraw(ranks: Ranks, why: str) -> None:
@@ -128,10 +128,15 @@ def withdraw(ranks: Ranks, why: str) -> None:
     with contextlib.suppress(dist.DistError, ValueError):  # nobody is there
         found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=WITHDRAW_TIMEOUT))
         store = dist.PrefixStore(f"join{next(_joins)}", found)
-        store.set(f"here/{ranks.rank}", why)
-        store.set(f"heard/{ranks.rank}", "")
+        store.set("go", f"rank {ranks.rank} cannot take part: {why}")
+        _hear(store, ranks)
         if ranks.rank == 0:  # it may be the one who keeps the store
-            store.wait([f"heard/{rank}" for rank in range(ranks.world_size)], WITHDRAW_TIMEOUT)
+            store.wait(["all have heard"], WITHDRAW_TIMEOUT)
+
+
+def _hear(store: dist.Store, ranks: Ranks) -> None:
+    if store.add("heard", 1) == ranks.world_size:
+        store.set("all have heard", "")
 
 
 _left: list[Any] = []

@@ -282,7 +282,7 @@ def test_a_failed_run_starts_anew_with_a_fresh_store() -> None:
     result = launch(*TWO_ON_CPU, "--max-restarts", "1", write("script.py", script))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rank 0 sum 3.0") == 2
-    assert "failed with exit code 5; starting all ranks anew (restarts left: 1)" in result.stderr
+    assert "failed with exit code 5; starting all ranks anew (restarts left: 0)" in result.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -16,6 +16,7 @@ import pytest
 from launched import TWO_ON_CPU, command, launch, lives, running, wait_gone, write
 
 from lightlite.launch import echoes
+from lightlite.launch.failure import Failure
 
 HOST = socket.gethostname()
 
@@ -208,9 +209,23 @@ def test_the_words_of_a_missed_rank_are_known(text: str, timeout: bool, seconds:
     assert (echoes.is_timeout(text), echoes.seconds_waited(text)) == (timeout, seconds)
 
 
-@pytest.mark.parametrize("text", ["ValueError: boom", "TimeoutError: no answer in 5 s", "RuntimeError: shape mismatch"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ValueError: boom",
+        "TimeoutError: no answer in 5 s",
+        "RuntimeError: shape mismatch",
+        "RuntimeError: DataLoader timed out after 30 seconds",
+    ],
+)
 def test_a_ranks_own_words_are_not_taken_for_an_echo(text: str) -> None:
     assert not echoes.is_echo(text)
+
+
+@pytest.mark.parametrize("text", ["ConnectionResetError: connection reset by peer", "ValueError: gloo is a word"])
+def test_only_what_torch_raises_is_taken_for_an_echo_of_another_rank(text: str) -> None:
+    assert not Failure(1, 2, 1, 0.0, origin=text).is_consequence
+    assert Failure(1, 2, 1, 0.0, origin=f"RuntimeError: {text}").is_consequence
 
 
 @pytest.mark.parametrize(

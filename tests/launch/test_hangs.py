@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import RankTimeoutError
-from lightlite.launch import helpers
+from lightlite.launch import helpers, supervise
 from lightlite.launch.helpers import HelperPool
 
 TIMEOUT = timedelta(seconds=1)
@@ -141,6 +142,49 @@ def test_a_slow_start_is_not_taken_for_hanging() -> None:
         assert time.monotonic() - start > 0.05
     finally:
         pool.close()
+
+
+def test_of_several_that_are_still_there_the_stopped_one_is_blamed(pool: HelperPool) -> None:
+    """Rank 1 has not given up yet when rank 0 has, for it waits in a group that is more patient."""
+
+    def work(ranks: Ranks) -> None:
+        distributed.join(ranks, "gloo", TIMEOUT)
+        patient = dist.new_group(timeout=timedelta(minutes=1))
+        distributed.barrier()
+        if ranks.rank == 2:
+            stop_here()
+        dist.barrier(group=patient if ranks.rank == 1 else None)
+
+    with pytest.raises(RankTimeoutError, match=r"rank 2 .*; it is stopped \(SIGSTOP\)"):
+        pool.run(work)
+
+
+@pytest.mark.parametrize(("code", "seen"), [(-1, 255), (3, 3), ("nothing to do", 1)])
+def test_a_helper_that_asks_to_exit_gives_the_code_that_a_shell_would_see(
+    pool: HelperPool, code: object, seen: int
+) -> None:
+    def work(ranks: Ranks) -> None:
+        distributed.join(ranks, "gloo")
+        if ranks.rank == 1:
+            sys.exit(code)  # type: ignore[arg-type]
+        distributed.barrier()
+
+    with pytest.raises(SystemExit) as caught:
+        pool.run(work)
+    assert caught.value.code == seen
+
+
+def test_an_interrupt_that_the_users_code_handles_ends_nothing(pool: HelperPool) -> None:
+    def work(ranks: Ranks) -> int:
+        distributed.join(ranks, "gloo")
+        if ranks.rank == 0:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            time.sleep(2 * supervise.NOTICE)
+        return len(distributed.gather_objects(None))
+
+    assert pool.run(work) == 3
 
 
 def test_in_another_thread_a_hanging_rank_zero_is_interrupted_too(pool: HelperPool) -> None:

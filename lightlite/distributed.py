@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from lightlite.errors import MisconfigurationException
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 START_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for one another at the beginning, even where they are to be less patient later."""
+PATIENCE_BEFORE_FORK = 0.2
+"""Seconds, at most, that a fork waits for other threads to come to rest."""
 WITHDRAW_TIMEOUT = timedelta(seconds=5)
 """How long a rank that cannot take part tries to reach the others, to say so."""
 
@@ -171,6 +174,32 @@ def leave() -> None:
         _left[:] = [group]
     # Torch numbers groups, and a join that failed has used up a number that new processes will count from again.
     dist.distributed_c10d._world.group_count = 0
+
+
+def _let_threads_rest() -> None:
+    """Before a fork, such as that of a loader worker: wait until no other thread of this process is on its way.
+
+    A thread of gloo's that drops the tensors of a collective enters and leaves the interpreter, and for a moment holds
+    the lock of its list of threads. CPython up to 3.11 takes no care of that lock when it forks: the child would wait
+    for it for ever.
+    """
+    if sys.platform != "linux" or not is_joined():
+        return
+    deadline = time.monotonic() + PATIENCE_BEFORE_FORK
+    while _others_run() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+os.register_at_fork(before=_let_threads_rest)
+
+
+def _others_run() -> bool:
+    for thread in os.listdir("/proc/self/task"):
+        if int(thread) != threading.get_native_id():
+            with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/stat", "rb") as file:
+                if file.read().rpartition(b")")[2].split()[0] == b"R":
+                    return True
+    return False
 
 
 def is_joined() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightlite import distributed
 from lightlite.distributed import Ranks
@@ -223,3 +224,21 @@ def test_python_minus_c_works_and_exit_is_quick_and_leaves_nobody() -> None:
     numbers, seconds = done.stdout.splitlines()
     assert float(seconds) < 0.5
     wait_until_gone([int(number) for number in numbers.split()], seconds=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="loader workers are forked on Linux")
+def test_loader_workers_forked_right_after_a_collective_come_to_life() -> None:
+    """A thread of gloo's may be in the interpreter at that moment, which CPython's fork does not expect."""
+
+    def work(ranks: Ranks) -> None:
+        distributed.join(ranks, "gloo")
+        for turn in range(100):
+            distributed.gather_objects(turn)
+            distributed.barrier()
+            assert len(list(DataLoader(range(4), num_workers=2, timeout=20))) == 4  # type: ignore[arg-type]
+
+    pool = HelperPool(2)
+    try:
+        pool.run(work)
+    finally:
+        pool.close()

@@ -24,13 +24,14 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHand
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lightlite.errors import MisconfigurationException
+from lightlite.launch import echoes, hanging, stacks
 from lightlite.launch import guard as guarding
-from lightlite.launch import hanging, stacks
 from lightlite.launch.ending import SIGNALS, Guard, second_interrupt, signals_raise
-from lightlite.launch.failure import Failure, deadlock, first_cause, how_long, memory_kills, read_failure
+from lightlite.launch.failure import Failure, deadlock, first_cause, memory_kills, read_failure
 from lightlite.launch.logs import RankLogs
 from lightlite.launch.meeting import MEETING_BACKENDS, Meeting, Terms
-from lightlite.launch.rendezvous import LOOPBACK, register_loopback
+from lightlite.launch.network import LOOPBACK
+from lightlite.launch.rendezvous import register_loopback
 
 ENTRY = Path(__file__).with_name("entry.py")
 MONITOR_INTERVAL = 0.1
@@ -219,7 +220,7 @@ class RankAgent(LocalElasticAgent):
             exitcode=1,
             time=time.time(),
             traceback=found.stack,
-            how=f"kept the other ranks waiting{how_long(timeout)}; {found.how}",
+            how=f"kept the other ranks waiting{echoes.how_long(timeout)}; {found.how}",
         )
 
     def _with_remark(self, worker_group: WorkerGroup, failures: list[Failure]) -> Failure:

@@ -45,3 +45,9 @@ def seconds_waited(text: str) -> float | None:
     if found is None:
         return None
     return int(found["number"]) / (1000 if found["unit"].lower().startswith("m") else 1)
+
+
+def how_long(text: str) -> str:
+    """The same for people, with a space before it; empty where the text does not say."""
+    seconds = seconds_waited(text)
+    return f" for more than {seconds:g} s" if seconds is not None else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +14,8 @@ from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import ClusterEnvironment
 from lightlite.launch import network
+from lightlite.launch.network import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 10000
 """Range of derived ports: below those that systems hand out to clients."""
 
@@ -365,16 +364,9 @@ def _meet_on_loopback(is_first: bool) -> None:
     if not is_first or _loopback_store is not None:
         return
     port = int(os.environ["MASTER_PORT"])
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, port))
-        listener.listen(4096)
+        _loopback_store = network.open_store(LOOPBACK, port, timedelta(minutes=5))
     except OSError as error:
-        listener.close()
         raise MisconfigurationException(
             f"port {port} of {LOOPBACK} cannot be used ({error}); set MASTER_PORT to a free one on every rank"
         ) from error
-    _loopback_store = TCPStore(
-        LOOPBACK, port, None, True, timedelta(minutes=5), wait_for_workers=False, master_listen_fd=listener.detach()
-    )

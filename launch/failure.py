@@ -143,16 +143,9 @@ def deadlock(failures: list[Failure]) -> Failure | None:
     first, *others = sorted(failures, key=lambda failure: (not failure.timeout, failure.rank))
     if not first.timeout or not all(failure.is_consequence for failure in failures):
         return None
-    texts = [stacks.frames_of(first.traceback)]
-    texts += [f"{other.name} was here:\n{stacks.frames_of(other.traceback)}" for other in others]
-    how = f"waited{how_long(first.timeout)} for ranks that did not come; it was here"
-    return replace(first, how=how, traceback="\n".join(texts))
-
-
-def how_long(timeout: str) -> str:
-    """For how long a rank waited that says so, for people; empty where it does not say."""
-    seconds = echoes.seconds_waited(timeout)
-    return f" for more than {seconds:g} s" if seconds is not None else ""
+    how = f"waited{echoes.how_long(first.timeout)} for ranks that did not come; it was here"
+    places = stacks.side_by_side(first.traceback, {other.name: other.traceback for other in others})
+    return replace(first, how=how, traceback=places)
 
 
 def memory_kills() -> int | None:

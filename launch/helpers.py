@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import sys
 import threading
 import weakref
@@ -23,7 +22,7 @@ from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import LaunchError, NotSendableError
 from lightlite.interfaces import Launcher
-from lightlite.launch import transport, unsendable
+from lightlite.launch import network, transport, unsendable
 from lightlite.launch.crew import Crew
 from lightlite.launch.supervise import Watch
 
@@ -145,9 +144,11 @@ def _after_fork() -> None:
         crew.disown()
         _disowned.append(crew)
     _crews.clear()
-    # Linux sends the signal when the forking thread ends; of the main thread it is known that nothing outlives it.
-    if _run_in_main_thread and _run_thread == threading.get_ident() and sys.platform == "linux":
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _run_in_main_thread and _run_thread == threading.get_ident():
+        signal.set_wakeup_fd(-1)  # a signal to the child is not for the parent's watch
+        if sys.platform == "linux":
+            # Sent when the forking thread ends; of the main thread it is known that nothing outlives it.
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _run_lock, _run_thread = threading.Lock(), None
 
 
@@ -186,23 +187,11 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 class _LoopbackStore:
-    """The key-value store at which the ranks of one machine meet. Nothing outside of the machine can reach it.
-
-    Torch by itself would listen on all interfaces, and would have to be told a port that may be taken by then.
-    """
+    """The key-value store at which the ranks of one machine meet. Nothing outside of the machine can reach it."""
 
     def __enter__(self) -> _LoopbackStore:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.address: tuple[str, int] = listener.getsockname()[:2]
-        host, port = self.address
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            host,
-            port,
-            is_master=True,
-            timeout=timedelta(minutes=30),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),  # the store closes it
-        )
+        self._store: dist.TCPStore | None = network.open_store(network.LOOPBACK, 0, timedelta(minutes=30))
+        self.address = (network.LOOPBACK, self._store.port)
         return self
 
     def close(self) -> None:

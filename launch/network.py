@@ -5,13 +5,38 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from datetime import timedelta
 
 import psutil
+from torch.distributed import TCPStore
 
+LOOPBACK = "127.0.0.1"
 NOBODYS = "192.0.2.1"
 """An address kept for documentation: asking for the way there sends nothing."""
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def open_store(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """Keep a store in this process. Torch's own would listen on every interface, at a port guessed to be free.
+
+    Args:
+        address: Where to listen; empty for every interface.
+        port: 0 lets the kernel choose.
+        timeout: How long a call may wait for a key.
+
+    Raises:
+        OSError: Where the port is taken or the address is not here.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(4096)
+        port = listener.getsockname()[1]
+        descriptor = listener.detach()  # the store closes it
+    own_end = address or LOOPBACK
+    return TCPStore(own_end, port, None, True, timeout, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 def choose_interface(towards: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -15,7 +14,9 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-LOOPBACK = "127.0.0.1"
+from lightlite.launch import network
+from lightlite.launch.network import LOOPBACK
+
 LOOPBACK_BACKEND = "lightlite-loopback"
 STORE_TIMEOUT = timedelta(minutes=5)
 
@@ -79,28 +80,15 @@ class LoopbackRendezvous(RendezvousHandler):
 
 
 def open_store(address: str, port: int, timeout: timedelta) -> TCPStore:
-    """Keep a store in this process. Elastic's own would listen on every interface, and guess a free port.
-
-    Args:
-        address: Where to listen; empty for every interface.
-        port: 0 lets the kernel choose.
-        timeout: How long a call may wait for a key.
+    """Keep a store in this process; see `network.open_store`.
 
     Raises:
         RendezvousConnectionError: Where the port is taken or the address is not here; caused by the OSError.
     """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-        listener.listen(4096)
+        return network.open_store(address, port, timeout)
     except OSError as error:
-        listener.close()
         raise RendezvousConnectionError(f"port {port} of {address or 'this machine'} cannot be used") from error
-    port = listener.getsockname()[1]
-    own_end = address or LOOPBACK
-    return TCPStore(own_end, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _create_loopback(parameters: RendezvousParameters) -> RendezvousHandler:

@@ -68,7 +68,7 @@ def of_error(rank: int, error: BaseException, *, caller: int | None = None) -> R
 
     Args:
         rank: Its rank.
-        error: What was raised; its innermost frame but one is the user's first.
+        error: What was raised. The outermost frame of its traceback, which is this package's, is left out.
         caller: The process id of rank 0, for others.
     """
     when = time.monotonic()
@@ -117,15 +117,13 @@ def of_hanging(rank: int, pid: int, where: str, waiting: list[Report]) -> Report
 def of_deadlock(waiting: list[Report]) -> Report:
     """Several processes, each of which waited for another that had gone another way."""
     first, *others = sorted(waiting, key=lambda report: not report.waited)
-    texts = [stacks.frames_of(first.traceback or "")]
-    texts += [f"{other.name} was here:\n{stacks.frames_of(other.traceback or '')}" for other in others]
     how = f"waited{_how_long(waiting)} for ranks that did not come; it was here:"
-    return Report(first.rank, first.pid, first.host, first.when, "\n".join(texts), hangs=how)
+    places = stacks.side_by_side(first.traceback or "", {other.name: other.traceback or "" for other in others})
+    return Report(first.rank, first.pid, first.host, first.when, places, hangs=how)
 
 
 def _how_long(waiting: list[Report]) -> str:
-    seconds = (echoes.seconds_waited(report.traceback or "") for report in waiting if report.waited)
-    return next((f" for more than {value:g} s" for value in seconds if value), "")
+    return next((echoes.how_long(report.traceback or "") for report in waiting if report.waited), "")
 
 
 def describe(failure: Report) -> RankFailedError:

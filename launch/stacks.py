@@ -12,6 +12,7 @@ import re
 import signal
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 SIGNAL = signal.SIGURG
@@ -65,6 +66,12 @@ def ask_file(pid: int, path: Path, beneath: str) -> str:
 def frames_of(trace: str) -> str:
     """The frames of a traceback, without the exception's own words and the first line."""
     return "\n".join(line for line in trace.splitlines() if line.startswith("  "))
+
+
+def side_by_side(trace: str, others: Mapping[str, str]) -> str:
+    """Where a rank was, and below it where others were, each under its name; all from their tracebacks."""
+    places = [frames_of(trace)] + [f"{name} was here:\n{frames_of(other)}" for name, other in others.items()]
+    return "\n".join(places)
 
 
 def readable(text: str, beneath: str = "") -> str:

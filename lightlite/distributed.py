@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,28 +176,29 @@ def leave() -> None:
 
 
 def _let_threads_rest() -> None:
-    """Before a fork, such as that of a loader worker: wait until no other thread of this process is on its way.
+    """Before a fork, such as that of a loader worker: wait until torch's threads are at rest.
 
     A thread of gloo's that drops the tensors of a collective enters and leaves the interpreter, and for a moment holds
-    the lock of its list of threads. CPython up to 3.11 takes no care of that lock when it forks: the child would wait
-    for it for ever.
+    the lock of its list of threads. CPython 3.11 takes no care of that lock when it forks: the child then waits for it
+    for ever.
     """
     if sys.platform != "linux" or not is_joined():
         return
     deadline = time.monotonic() + PATIENCE_BEFORE_FORK
-    while _others_run() and time.monotonic() < deadline:
+    while _torch_runs() and time.monotonic() < deadline:
         time.sleep(0.0005)
 
 
 os.register_at_fork(before=_let_threads_rest)
 
 
-def _others_run() -> bool:
+def _torch_runs() -> bool:
+    """Whether a thread that torch has named ("pt_gloo_runloop", "pt_nccl_…") is running at this moment."""
     for thread in os.listdir("/proc/self/task"):
-        if int(thread) != threading.get_native_id():
-            with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/stat", "rb") as file:
-                if file.read().rpartition(b")")[2].split()[0] == b"R":
-                    return True
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/stat", "rb") as file:
+            name, _, rest = file.read().rpartition(b")")
+            if b"(pt_" in name and rest.split()[0] == b"R":
+                return True
     return False
 
 

@@ -15,6 +15,7 @@ from lightlite import distributed
 from lightlite.callbacks.prediction_writer import BasePredictionWriter
 from lightlite.data import RankLoader, limit_of
 from lightlite.distributed import Ranks
+from lightlite.entries import numbers
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import is_overridden
 from lightlite.loops.batches import batch_preparer
@@ -24,7 +25,7 @@ from lightlite.module import LightningModule
 from lightlite.nest import move_to
 from lightlite.progress import RunningStage, TrainerFn
 from lightlite.registry import CollectorRegistry
-from lightlite.results import Results, numbers
+from lightlite.results import Results
 
 if TYPE_CHECKING:
     from lightlite.loops.session import DataSource

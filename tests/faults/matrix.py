@@ -137,7 +137,7 @@ class Run:
 
     def left_behind(self) -> list[str]:
         """Processes, listening sockets and files of the run that are there now and stay there."""
-        deadline = time.monotonic() + 2  # other programs use shared memory too, but not for long
+        deadline = time.monotonic() + 2
         while (left := self._leftovers()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
@@ -146,7 +146,9 @@ class Run:
         left = [f"process {process.pid}: {_command_of(process)}" for process in self.processes()]
         left += [f"port {address}" for inode, address in _listening().items() if inode in self._sockets]
         left += [f"file {path.name} in the temporary folder" for path in sorted(self._temporary.iterdir())]
-        return left + [f"file /dev/shm/{name}" for name in sorted(shared_memory() - self._shared_memory)]
+        shared = shared_memory() - self._shared_memory
+        shared -= shared and _mapped_by_others({process.pid for process in self.processes()})
+        return left + [f"file /dev/shm/{name}" for name in sorted(shared)]
 
     def kill(self) -> None:
         """End whatever is left."""
@@ -159,6 +161,16 @@ class Run:
 def shared_memory() -> set[str]:
     """Names of the files in shared memory."""
     return set(os.listdir("/dev/shm"))
+
+
+def _mapped_by_others(own: set[int]) -> set[str]:
+    """Names of the files in shared memory that processes have mapped which are neither of the run nor this one."""
+    found = set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        if pid not in own and pid != os.getpid():
+            with contextlib.suppress(OSError):
+                found |= set(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text(errors="replace")))
+    return found
 
 
 def _socket_inodes(pid: int) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import sys
@@ -38,7 +39,8 @@ import os, socket, subprocess, sys, time
 listener = socket.create_server(("0.0.0.0", 0))
 subprocess.Popen(["sleep", "1000"], start_new_session=True, pass_fds=[listener.fileno()])
 for path in (os.path.join(os.environ["TMPDIR"], "litter"), sys.argv[1], "ready"):
-    open(path, "w").close()
+    with open(path, "w") as file:
+        file.write("litter")
 while not os.path.exists("go"):
     time.sleep(0.01)
 """
@@ -69,6 +71,8 @@ def test_processes_ports_and_files_that_are_left_are_found(tmp_path: Path) -> No
         assert address.startswith("00000000:")
         (tmp_path / "go").touch()
         assert litter.process.wait(60) == 0
+        with open(shared, "r+b") as file:
+            ours = mmap.mmap(file.fileno(), 0)  # so that no other test of this time takes the file for its own
         (orphan,) = litter.processes()
         assert not litter.wait_until_dead(0.2)
         left = [f"process {orphan.pid}: sleep 1000", f"port {address}", "file litter in the temporary folder"]
@@ -76,6 +80,7 @@ def test_processes_ports_and_files_that_are_left_are_found(tmp_path: Path) -> No
         litter.kill()
         assert litter.wait_until_dead(10)
         assert litter.left_behind() == ["file litter in the temporary folder", f"file {shared}"]
+        ours.close()
     finally:
         litter.kill()
         shared.unlink(missing_ok=True)

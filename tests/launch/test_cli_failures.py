@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +42,7 @@ def hang():
     if how == "recv":
         dist.recv(torch.zeros(1), src=1 - culprit)
 
-if how == "late" and ranks.rank == culprit:
-    time.sleep(1000)
-distributed.join(ranks, "gloo", timedelta(seconds=10 if how != "late" else 3))
+distributed.join(ranks, "gloo", timedelta(seconds=10))
 group = dist.new_group(timeout=timedelta(seconds=2))
 dist.all_reduce(torch.ones(1))
 if ranks.rank == culprit:
@@ -323,10 +323,23 @@ def test_an_interrupt_at_the_terminal_reaches_each_rank_once_and_a_second_one_en
     ("seconds", "number"), [(0.5, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL), (2, signal.SIGINT)]
 )
 def test_a_launcher_that_is_ended_while_it_starts_leaves_nothing(seconds: float, number: signal.Signals) -> None:
+    mark = uuid.uuid4().hex
     write("script.py", INTERRUPTED)
-    process = subprocess.Popen(command(*TWO_ON_CPU, "script.py"), stderr=subprocess.PIPE)
+    environ = {**os.environ, "LAUNCH_OF_THE_TEST": mark}
+    process = subprocess.Popen(command(*TWO_ON_CPU, "script.py"), stderr=subprocess.PIPE, env=environ)
     time.sleep(seconds)
     process.send_signal(number)
     process.communicate(timeout=10)
     assert process.returncode in (-number, 128 + number)
-    wait_until(lambda: not any(psutil.pid_exists(int(path.read_text())) for path in Path().glob("ready-*")), "alive")
+    wait_until(lambda: not marked(mark), "alive")
+    time.sleep(1)  # one that was just being started would show up by then
+    assert marked(mark) == []
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("LAUNCH_OF_THE_TEST") == mark and lives(process):
+                found.append(process)
+    return found

@@ -255,13 +255,14 @@ class Watch:
         silence = f"has not been heard of for {self._timeout:g} s (--node-timeout)"
         if self._broken:
             return Notice("failure", self._me, f"{keeper} has gone: {self._broken}", final=True)
-        if now - self._answered > self._timeout:
-            return Notice("failure", self._me, f"{keeper} {silence}", final=True)
+        silent = [self._keeper] if now - self._answered > self._timeout else []
         for node in self._watched:
             alive = node == self._me or self._states[node] == "left"
             if not alive and now - self._heard[node] > self._timeout:
-                return Notice("failure", self._me, f"{self._nodes[node]} {silence}")
-        return None
+                silent.append(self._nodes[node])
+        if self._keeper in silent:
+            return Notice("failure", self._me, f"{keeper} {silence}", final=True)
+        return Notice("failure", self._me, f"{silent[0]} {silence}") if silent else None
 
     def _settle_for_an_echo(self) -> Notice | None:
         """On the first machine: what only lost others has to do for a cause, if all machines live and none knows."""

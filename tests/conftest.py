@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ import torch
 SESSION_VARIABLE = "LIGHTLITE_TEST_SESSION"
 os.environ.setdefault(SESSION_VARIABLE, uuid.uuid4().hex)
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So it is for what a shell starts in the background; here and in what the tests start, Ctrl-C has to work.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -233,9 +233,24 @@ def script(
 ) -> subprocess.Popen[str]:
     path = folder / "train.py"
     path.write_text(SCRIPT.format(act=act, call=textwrap.dedent(call), timeout=timeout))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    _started.append(process)
+    return process
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_scripts() -> Iterator[None]:
+    """A script that its test did not see end does not stay for the tests after it."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.communicate()
 
 
 def test_a_calling_process_that_is_stopped_is_woken_to_learn_that_the_run_is_over(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Lets programs written for PyTorch Lightning run as they are."""

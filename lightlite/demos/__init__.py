@@ -1,0 +1,1 @@
+"""Small modules and data for bug reports, with Lightning's names."""

@@ -1,0 +1,1 @@
+"""Your own loop, on the Trainer's plugins and launchers."""

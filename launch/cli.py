@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,6 +33,7 @@ examples:
   %(prog)s --devices 2 --accelerator cpu train.py     two processes on the CPU
   %(prog)s --devices 2 -m mypackage.train --lr 0.1    a module
   %(prog)s --max-restarts 2 --log-dir logs train.py   start anew after a failure, keep the output
+  %(prog)s --as-lightning train.py                    a program for PyTorch Lightning, as it is
   %(prog)s --dry-run --gpus 4 train.py                show what would run
 
 two machines, the same line on each but for the node rank:
@@ -83,6 +85,12 @@ def build_parser(program: str | None = None) -> argparse.ArgumentParser:
     form = what.add_mutually_exclusive_group()
     form.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as in python -m")
     form.add_argument("--no-python", action="store_true", help="the script is a program to be run as it is")
+    what.add_argument(
+        "--as-lightning",
+        action="store_true",
+        help="let imports of pytorch_lightning and lightning find lightlite; without further options the script is "
+        "run once, and starts its ranks itself",
+    )
     what.add_argument("--dry-run", action="store_true", help="print what would run where, and exit")
 
     several = parser.add_argument_group("several machines (the same command on each)")
@@ -357,6 +365,8 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
                 f"--node-timeout {options.node_timeout:g} must be {LEAST_NODE_TIMEOUT:g} or more"
             )
         check_script(options)
+        if starts_no_ranks(parser, options):
+            return run_script(options)
         accelerator, devices = choose_devices(options)
         launch = plan(options, len(devices))
     except MisconfigurationException as error:
@@ -364,10 +374,48 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return _launch(launch, accelerator, devices, options.dry_run)
+    more = lightning_names() if options.as_lightning else {}
+    return _launch(launch, accelerator, devices, more, options.dry_run)
 
 
-def _launch(launch: Launch, accelerator: str, devices: Sequence[int], dry_run: bool) -> int:
+def starts_no_ranks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bool:
+    """Whether `--as-lightning` is all that was asked for: then the script itself decides on its devices."""
+    what = ("script", "args", "module", "no_python", "as_lightning", "dry_run")
+    return options.as_lightning and all(
+        value == parser.get_default(name) for name, value in vars(options).items() if name not in what
+    )
+
+
+def run_script(options: argparse.Namespace) -> int:
+    """Become the script, as `python script.py` or `python -m script`, with Lightning's names meaning lightlite.
+
+    Returns:
+        0 for `--dry-run`; else there is nothing to return to.
+    """
+    python = () if options.no_python else (sys.executable, *(["-m"] if options.module else []))
+    command = (*python, options.script, *options.args)
+    variables = lightning_names()
+    if options.dry_run:
+        shown = " ".join(f"{name}={value}" for name, value in variables.items())
+        sys.stdout.write(f"no ranks are started, the script does what it says\ncommand: {shlex.join(command)}\n")
+        sys.stdout.write(f"environment: {shown}\n")
+        return 0
+    os.environ.update(variables)
+    os.execvp(command[0], command)
+
+
+def lightning_names() -> dict[str, str]:
+    """What makes Python find lightlite under Lightning's names, in the ranks and whatever processes they start."""
+    package = find_spec("lightlite.compat")
+    assert package is not None
+    assert package.origin is not None
+    folder = str(Path(package.origin).with_name("as_lightning"))
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
+
+
+def _launch(
+    launch: Launch, accelerator: str, devices: Sequence[int], more_variables: dict[str, str], dry_run: bool
+) -> int:
     from dataclasses import replace
 
     from lightlite.launch import agent
@@ -378,6 +426,7 @@ def _launch(launch: Launch, accelerator: str, devices: Sequence[int], dry_run: b
     single_machine = launch.max_nodes == 1
     route = None if single_machine else route_to(launch.endpoint)
     variables = rank_environment(accelerator, devices, single_machine, route[1] if route else None)
+    variables.update(more_variables)
     launch = replace(launch, local_addr=route[0] if route else None)
     if dry_run:
         sys.stdout.write(describe(launch, variables))

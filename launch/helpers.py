@@ -11,9 +11,9 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import LaunchError, NotSendableError
 from lightlite.interfaces import Launcher
-from lightlite.launch import network, transport, unsendable
+from lightlite.launch import again, network, transport, unsendable
 from lightlite.launch.crew import Crew
 from lightlite.launch.supervise import Watch
 
@@ -98,6 +98,12 @@ class HelperPool(Launcher):
     def cause_of(self, error: BaseException) -> BaseException:
         """What `run` is going to raise, where its function raised `error`; see `Launcher.cause_of`."""
         return error if self._watch is None else self._watch.cause_of(error)
+
+    @classmethod
+    def start_over(cls, accelerator: str, devices: Sequence[int]) -> NoReturn:
+        """End all helpers, and run the script on a rank for every device; see `Launcher.start_over`."""
+        _end_all()
+        again.start_over(accelerator, devices)
 
     def close(self) -> None:
         """End the helpers. `run` starts them anew, for this pool and for others of its shape."""

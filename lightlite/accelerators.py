@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightlite.errors import missing_attribute
 from lightlite.interfaces import Accelerator
 from lightlite.registry import AcceleratorRegistry
 
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
         return AcceleratorRegistry.get(_REGISTERED[name])
     if name == "find_usable_cuda_devices":
         return getattr(AcceleratorRegistry.get("cuda"), "find_usable_devices")  # noqa: B009 - not of every Accelerator
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise missing_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from lightlite.datamodule import LightningDataModule
 from lightlite.errors import CheckpointError
 from lightlite.hooks import CheckpointHooks, is_overridden
 from lightlite.module import LightningModule
-from lightlite.progress import FitProgress
+from lightlite.progress import FitProgress, TrainerFn
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightlite.utilities.seed import capture_rng
 
@@ -67,7 +67,10 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         if state:
             checkpoint[type(datamodule).__qualname__] = state
         datamodule.on_save_checkpoint(checkpoint)
-    if not weights_only:
+    if weights_only:
+        for callback in trainer.callbacks:
+            callback._change_saved_weights(checkpoint)
+    else:
         for hook in trainer.hooks.of_callbacks("on_save_checkpoint"):
             hook(checkpoint)
     module.on_save_checkpoint(checkpoint)
@@ -210,7 +213,7 @@ class Restorer:
         self._checkpoint: dict[str, Any] | None = None if path is None else storage.read(path)
 
     def restore_module(self) -> None:
-        """Put back the module's weights, the data module and, in fit, the callbacks.
+        """Put back the module's weights, the data module and the callbacks.
 
         Raises:
             CheckpointError: Where the file is no checkpoint of a module.
@@ -234,22 +237,23 @@ class Restorer:
             state = checkpoint.get(type(self._datamodule).__qualname__)
             if state:
                 self._datamodule.load_state_dict(state)
-        if trainer.state.fn is not None and trainer.state.fn.value == "fit":
-            self._restore_callbacks(checkpoint)
+        self._restore_callbacks(checkpoint)
         rank_zero_info(f"restored from {self._path}")
 
     def _restore_callbacks(self, checkpoint: dict[str, Any]) -> None:
+        """Put back what callbacks know; in evaluation all but which checkpoints a fit has written since."""
         trainer, states = self._trainer, checkpoint.get("callbacks") or {}
+        fitting = trainer.state.fn is TrainerFn.FITTING
         for hook in trainer.hooks.of_callbacks("on_load_checkpoint"):
             hook(checkpoint)
         known = set()
         for callback in trainer.callbacks:
             key = callback.state_key if callback.state_key in states else type(callback).__qualname__
             known.add(key)
-            if key in states:
+            if key in states and (fitting or callback not in trainer.checkpoint_callbacks):
                 callback.load_state_dict(dict(states[key]))
         unused = [key for key in states if key not in known]
-        if unused:
+        if unused and fitting:
             rank_zero_warn(
                 f"{self._path} holds the state of callbacks that this Trainer does not have: {', '.join(unused)}"
             )

@@ -7,19 +7,35 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
-from lightlite.interfaces import Accelerator, ClusterEnvironment, Precision, Strategy
-from lightlite.registry import AcceleratorRegistry, EnvironmentRegistry, PrecisionRegistry, Registry, StrategyRegistry
+from lightlite.interfaces import Accelerator, ClusterEnvironment, Launcher, Precision, Strategy
+from lightlite.profilers import AdvancedProfiler, PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightlite.registry import (
+    AcceleratorRegistry,
+    EnvironmentRegistry,
+    LauncherRegistry,
+    PrecisionRegistry,
+    Registry,
+    StrategyRegistry,
+)
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Instance = TypeVar("Instance")
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
 
+PrecisionName: TypeAlias = Literal[
+    64, 32, 16, "16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16"
+]  # fmt: skip
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 LEFT_OUT = {
     "accelerator": ("tpu", "xla", "hpu"),
@@ -51,6 +67,31 @@ class Hardware:
     ranks: Ranks
     num_nodes: int
     launched: bool
+
+    def start_launcher(self) -> Launcher | None:
+        """What makes the other ranks; None where they exist already, or there are none. They start at once."""
+        if self.launched or self.strategy.launcher is None or self.ranks.world_size == 1:
+            return None
+        world = self.ranks.local_world_size
+        threads = self.accelerator.threads_per_rank(world)
+        return LauncherRegistry.create(self.strategy.launcher, local_world_size=world, threads_per_rank=threads)
+
+    def connect(self, ranks: Ranks) -> torch.device:
+        """Take a rank's place: its device, which is returned, its process group, its share of the cores."""
+        device = self.devices[ranks.local_rank]
+        self.strategy.connect(self.accelerator, device, ranks)
+        if self.launched:
+            self._take_share_of_cores(ranks)
+        return device
+
+    def _take_share_of_cores(self, ranks: Ranks) -> None:
+        """Compute with the threads that are this rank's, which its launcher may have bound to cores of its own."""
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+        everyone = distributed.gather_objects((ranks.node_rank, mine))
+        sharers = sum(node == ranks.node_rank and not mine.isdisjoint(theirs) for node, theirs in everyone)
+        threads = self.accelerator.threads_per_rank(sharers)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
 
 def choose_hardware(
@@ -237,7 +278,7 @@ class Limits:
     overfit_batches: int | float
     val_check_interval: Any
     check_val_every_n_epoch: int | None
-    num_sanity_val_steps: int | None
+    num_sanity_val_steps: int | float | None
     log_every_n_steps: int | None
     fast_dev_run: int | bool
 
@@ -257,7 +298,8 @@ class Limits:
         if self.overfit_batches:
             self.limit_train_batches = self.overfit_batches
             self.limit_val_batches = self.overfit_batches
-        self.num_sanity_val_steps = 2 if self.num_sanity_val_steps is None else self.num_sanity_val_steps
+        steps = 2 if self.num_sanity_val_steps is None else self.num_sanity_val_steps
+        self.num_sanity_val_steps = math.inf if steps == -1 else steps
         self.log_every_n_steps = 50 if self.log_every_n_steps is None else self.log_every_n_steps
         self.val_check_time: timedelta | None = None
         self._read_val_check_interval()
@@ -392,17 +434,23 @@ def check_count(value: Any, name: str, least: int) -> None:
         raise MisconfigurationException(f"{name}={value!r}; give an int >= {least}")
 
 
-def check_profiler(profiler: Any) -> None:
-    """The argument `profiler`.
+def profiler(given: Any) -> Profiler:
+    """The argument `profiler`: a name, an instance, or None for one that records nothing.
 
     Raises:
-        MisconfigurationException: For anything but None.
+        MisconfigurationException: For anything else.
     """
-    if profiler is not None:
+    if isinstance(given, Profiler):
+        return given
+    if given is None:
+        return PassThroughProfiler()
+    kind = PROFILERS.get(given.lower()) if isinstance(given, str) else None
+    if kind is None:
         raise MisconfigurationException(
-            f"profiler={profiler!r}: lightlite has no profilers yet; leave it out, and run trainer.fit under "
-            "torch.profiler.profile or `py-spy record`"
+            f"profiler={given!r} ({type(given).__name__}): give {', '.join(map(repr, PROFILERS))}, an instance of "
+            "lightlite.profilers.Profiler, or None"
         )
+    return kind()
 
 
 def as_instances(given: Any, kind: type[Instance], name: str, more: str = "") -> list[Instance]:

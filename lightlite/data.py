@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightlite import distributed
-from lightlite.dealing import Dealt, Draw, slices
+from lightlite.dealing import Dealt, Draw, Endless, slices
 from lightlite.errors import MisconfigurationException
+from lightlite.utilities.combined_loader import CombinedLoader, combined_length, draw_together, is_nest, sized_len
+from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
 
 
@@ -35,17 +39,21 @@ class RankLoader:
         loader: Any iterable of batches; a DataLoader is dealt out by index, without loading what others get.
         training: Whether to deal slices of global batches, or, for evaluation, whole batches in turn.
         deal: Whether to deal at all; False where the data is split by the user.
+        endless: Whether the batches that are dealt out in evaluation come again and again, as one sequence.
 
     Attributes:
+        source: What was given as `loader`.
+        initial_state: What `state_dict` returned at first, for who has to leave no trace.
         loader: The iterable that this rank iterates; the user's own where there is nothing to deal.
         length: In training, this rank's number of batches; in evaluation, the number over all ranks. None if unknown.
     """
 
-    def __init__(self, loader: Any, training: bool, deal: bool = True) -> None:
+    def __init__(self, loader: Any, training: bool, deal: bool = True, endless: bool = False) -> None:
         self.source = loader
-        self._training = training
+        self._training, self._endless = training, endless
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
         self._dealt: Dealt | None = None
+        self._beginning: Dealt | Draw | None = None
         self._passing = False
         # Items drawn for a batch, from what is dealt out.
         self._draws = self._world if training and self._splits_batches else 1
@@ -54,6 +62,7 @@ class RankLoader:
         if self._world > 1 and not _is_split_by_user(loader):
             self.loader = self._dealt_out()
         self.length = self._count()
+        self.initial_state = self.state_dict()
 
     @property
     def first(self) -> int:
@@ -78,6 +87,8 @@ class RankLoader:
         loader: DataLoader[Any] = self.source
         if not self._training:
             batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+            if self._endless:
+                batches = Endless(batches, loader.generator)
             return self._copy(
                 batches, lambda items: itertools.islice(items, rank, None, world), loader.batch_sampler is None
             )
@@ -100,7 +111,7 @@ class RankLoader:
         size: int | None = None,
         drop_last: bool = False,
     ) -> Any:
-        total = _length(source)
+        total = sized_len(source)
         length = None
         if total is not None and size is not None:
             length = total // (size * self._world) if drop_last else -(-total // (size * self._world))
@@ -114,54 +125,64 @@ class RankLoader:
 
     def _count(self) -> int | None:
         if self._dealt is not None and not self._training:
-            return _length(self._dealt.source)
-        count = _length(self.loader)
+            return sized_len(self._dealt.source)
+        count = sized_len(self.loader)
         if count is None or not (self._passing and self._training):
             return count
         return count // self._world if self._drops_last else -(-count // self._world)
 
-    def start(self, skip: int = 0, limit: int | None = None) -> Iterator[Any]:
+    def start(self, skip: int = 0, limit: int | None = None, at: dict[str, Any] | None = None) -> Iterator[Any]:
         """This rank's batches of one pass. A collective call where batches are dealt out.
 
         Args:
             skip: Batches of this rank to pass over: by index where the loader allows it, else by loading them.
             limit: After how many batches to end: in training of this rank, in evaluation of all ranks together. Nothing
                 more is drawn then, so that generators stand where one process would leave them.
+            at: What `state_dict` returned at the place to skip to; `RankLoaders` needs it.
 
         Raises:
             MisconfigurationException: On every rank, where the ranks' samplers do not draw the same.
         """
+        return _start_together([self], [skip], limit)[0]
+
+    def _open(self, skip: int, limit: int | None) -> Iterator[Any]:
+        """Begin a pass. `_draw_beginning` comes next."""
+        if skip and self._dealt is None and _is_map_style(self.loader):
+            self.draw_by_index()
         stop = None if limit is None else limit * self._draws
-        loader = self.loader
-        if skip and self._dealt is None and _is_map_style(loader):
-            loader = self._pass_on()
+        self._beginning = self._dealt
         if self._dealt is not None:
             self._dealt.skip, self._dealt.limit = skip, stop
-        mine: Iterator[Any] = self._start_alike(loader, stop) if self._splits_batches else iter(loader)
-        if self._dealt is not None:
-            self._dealt.draw_first()
-            return mine
-        if stop is not None and not self._passing:
+            return iter(self.loader)
+        mine: Iterator[Any] = iter(Endless(self.loader) if self._endless and self._passing else self.loader)
+        if stop is not None:
             mine = itertools.islice(mine, stop)
         if self._passing:
+            if self._endless or not getattr(self.loader, "num_workers", 0):
+                mine = self._beginning = Draw(mine, 1)
             dealt = slices(mine, None, self._drops_last, self._rank, self._world) if self._training else mine
             mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
         return itertools.islice(mine, skip, None) if skip else mine
 
-    def _pass_on(self) -> Any:
-        """A copy of the loader that draws what it would draw anyway, through this file's sampler."""
+    def _draw_beginning(self) -> None:
+        """Draw the order, or its first part, from the random state of this moment."""
+        if self._beginning is not None:
+            self._beginning.draw()
+
+    def draw_by_index(self) -> None:
+        """Iterate a copy of the loader that draws what it would draw anyway, by indices that are known beforehand."""
+        if self._dealt is not None or not _is_map_style(self.source):
+            return
         loader = self.source
         unbatched = loader.batch_sampler is None
         self._dealt, self._draws = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length), 1
         self.loader = with_sampler(loader, self._dealt, unbatched)
-        return self.loader
 
     def track(self) -> deque[Any] | None:
         """Note the indices of each batch from the next pass on; None where the loader has no indices."""
         if not _is_map_style(self.source):
             return None
-        if self._dealt is None:
-            self._pass_on()
+        self.draw_by_index()
         assert self._dealt is not None
         self._dealt.kept = deque()
         return self._dealt.kept
@@ -170,35 +191,17 @@ class RankLoader:
     def _drops_last(self) -> bool:
         return bool(getattr(self.source, "drop_last", False))
 
-    def _start_alike(self, loader: Any, stop: int | None) -> Iterator[Any]:
-        """Begin a pass from rank zero's random state on every rank; the others get their own back."""
-        own = capture_rng()
-        state = distributed.broadcast_object(own)
-        if self._rank:
-            restore_rng(state)
-        mine: Iterator[Any] = iter(loader)
-        if self._dealt is not None:
-            self._dealt.draw_first()
-        elif getattr(loader, "num_workers", 0):
-            mine = itertools.islice(mine, stop)
-        else:
-            mine = Draw(itertools.islice(mine, stop), 1)
-            mine.draw()
-        if self._rank:
-            restore_rng(own)
-        if self._dealt is not None:
-            self._check_alike(self._dealt)
-        return mine
-
-    @staticmethod
-    def _check_alike(dealt: Dealt) -> None:
-        drawn = distributed.gather_objects(dealt.first_drawn())
+    def _check_alike(self) -> None:
+        if self._dealt is None:
+            return
+        drawn = distributed.gather_objects(self._dealt.first_drawn())
         for rank, items in enumerate(drawn):
             if items != drawn[0]:
                 raise MisconfigurationException(
-                    f"{type(dealt.source).__name__} draws other indices on rank {rank} than on rank 0: {items} there, "
-                    f"{drawn[0]} here; let it draw from torch's, NumPy's or Python's global generator, or from one of "
-                    "its own with a fixed seed, or split the data yourself and pass use_distributed_sampler=False"
+                    f"{type(self._dealt.source).__name__} draws other indices on rank {rank} than on rank 0: {items} "
+                    f"there, {drawn[0]} here; let it draw from torch's, NumPy's or Python's global generator, or from "
+                    "one of its own with a fixed seed, or split the data yourself and pass "
+                    "use_distributed_sampler=False"
                 )
 
     def close(self) -> None:
@@ -237,6 +240,31 @@ class RankLoader:
         batches = getattr(loader, "batch_sampler", None)
         holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
         return list({id(holder): holder for holder in holders}.values())
+
+
+def _start_together(loaders: Sequence[RankLoader], skips: Sequence[int], limit: int | None) -> list[Iterator[Any]]:
+    """Begin a pass of each; see `RankLoader.start`. All are begun before any draws, as where all are iterated."""
+    dealt = [loader for loader in loaders if loader._splits_batches]
+    with _alike() if dealt else nullcontext():
+        begun = [loader._open(skip, limit) for loader, skip in zip(loaders, skips, strict=True)]
+        for loader, skip in zip(loaders, skips, strict=True):
+            if skip or loader._splits_batches:  # else with the first batch, as any loader does
+                loader._draw_beginning()
+    for loader in dealt:
+        loader._check_alike()
+    return begun
+
+
+@contextmanager
+def _alike() -> Iterator[None]:
+    """Within it, every rank has rank zero's random state; the others get their own back."""
+    own = capture_rng()
+    state = distributed.broadcast_object(own)
+    if distributed.rank():
+        restore_rng(state)
+    yield
+    if distributed.rank():
+        restore_rng(own)
 
 
 class WorkerSeed:
@@ -286,23 +314,21 @@ def _is_split_by_user(loader: Any) -> bool:
     return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
-def _length(iterable: Any) -> int | None:
-    try:
-        return len(iterable)
-    except (TypeError, NotImplementedError):
-        return None
-
-
 def check_loader(loader: Any, name: str) -> None:
     """A loader must be an iterable.
 
     Raises:
         MisconfigurationException: Saying what was given as `name`.
     """
-    if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    if isinstance(loader, (str, bytes, type)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise MisconfigurationException(
             f"{name} is {loader!r} of type {type(loader).__name__}, which is no iterable of batches; give a "
             "torch.utils.data.DataLoader, or any iterable"
+        )
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        rank_zero_warn(
+            f"{name} is a Dataset, {type(loader).__name__}: each of its samples is taken for a batch; for batches of "
+            "several give DataLoader(dataset, batch_size=…)"
         )
 
 
@@ -340,10 +366,10 @@ def sequential(loader: Any) -> Any:
     """A DataLoader like `loader` without shuffling, for `overfit_batches`."""
     from torch.utils.data import RandomSampler, SequentialSampler
 
-    if is_nest(loader):
-        parts = loader.items() if isinstance(loader, dict) else enumerate(loader)
-        unshuffled = {key: sequential(part) for key, part in parts}
-        return unshuffled if isinstance(loader, dict) else type(loader)(unshuffled.values())
+    if isinstance(loader, CombinedLoader):
+        unshuffled = copy.copy(loader)
+        unshuffled.flattened = [sequential(part) for part in loader.flattened]
+        return unshuffled
     if not _is_map_style(loader) or not isinstance(loader.sampler, RandomSampler):
         return loader
     order = SequentialSampler(loader.dataset)
@@ -353,72 +379,124 @@ def sequential(loader: Any) -> Any:
     return with_sampler(loader, batches, unbatched=False)
 
 
-def as_list(loaders: Any) -> list[Any]:
-    """A list of loaders from one loader, a sequence or a mapping of them."""
-    if isinstance(loaders, dict):
-        return list(loaders.values())
-    if isinstance(loaders, (list, tuple)) and any(isinstance(loader, DataLoader) for loader in loaders):
-        return list(loaders)
-    return [loaders]
-
-
-def is_nest(loaders: Any) -> bool:
-    """Whether training is to draw from several loaders at once."""
-    if isinstance(loaders, dict):
-        return True
-    return (
-        isinstance(loaders, Sequence)
-        and bool(loaders)
-        and all(isinstance(part, (DataLoader, dict)) for part in loaders)
-    )
-
-
-class NestLoader:
-    """Several training loaders drawn from at once, as one nest of batches; the shorter ones start over.
-
-    It has the face of a `RankLoader`. As in Lightning, an epoch is as long as the longest loader.
+def combined(loaders: Any, mode: str, name: str) -> Any:
+    """A CombinedLoader, where several loaders or one of these were given; else the loader itself.
 
     Args:
-        loaders: A dict or sequence of loaders, or of such nests.
-        deal: Whether to deal batches out to ranks.
+        loaders: An iterable of batches, a CombinedLoader, or a nest of iterables.
+        mode: How a nest is combined.
+        name: What to call it in messages.
+
+    Raises:
+        MisconfigurationException: For what is no iterable, naming it.
+    """
+    whole = CombinedLoader(loaders, mode) if is_nest(loaders) else loaders
+    if not isinstance(whole, CombinedLoader):
+        check_loader(whole, name)
+        return whole
+    if not whole.flattened:
+        raise MisconfigurationException(f"{name} is {loaders!r}, in which there is none; give at least one")
+    for index, part in enumerate(whole.flattened):
+        check_loader(part, name if len(whole.flattened) == 1 else f"number {index} of what was given as {name}")
+    return whole
+
+
+def one_by_one(loaders: Any) -> list[Any]:
+    """The loaders that are evaluated one after the other, in order, of what `combined` returned."""
+    in_turn = isinstance(loaders, CombinedLoader) and loaders.mode == "sequential"
+    return list(loaders.flattened) if in_turn else [loaders]
+
+
+class RankLoaders:
+    """What this rank iterates of a CombinedLoader. It has the face of a `RankLoader`, and yields nests of batches.
+
+    Args:
+        loader: The CombinedLoader; in "sequential" mode its loaders come one after the other, as one.
+        training: See `RankLoader`.
+        deal: See `RankLoader`.
+
+    Raises:
+        MisconfigurationException: Where an evaluation on several ranks would have to cycle through a loader of unknown
+            length.
     """
 
-    def __init__(self, loaders: Any, deal: bool = True) -> None:
-        self.source = loaders
-        self.length: int | None
-        self._keys = list(loaders) if isinstance(loaders, dict) else None
-        parts = list(loaders.values()) if isinstance(loaders, dict) else list(loaders)
-        self._parts = [training_loader(part, deal) for part in parts]
-        known: list[int] = [part.length for part in self._parts if part.length is not None]
-        self.length = max(known) if len(known) == len(self._parts) else None
-        self.loader = self
+    def __init__(self, loader: CombinedLoader, training: bool, deal: bool = True) -> None:
+        self.source = loader
+        deal = deal and not any(_is_split_by_user(part) for part in loader.flattened)
+        cycles = loader.mode == "max_size_cycle"
+        # Ranks come to the end of a loader at different batches, where they cannot agree on how it starts over.
+        endless = cycles and not training and deal and distributed.world_size() > 1
+        self._parts = [RankLoader(part, training, deal, endless) for part in loader.flattened]
+        for part in self._parts:
+            part.draw_by_index()
+        self.loader = loader.unflatten([part.loader for part in self._parts])
+        self.first = min((part.first for part in self._parts), default=0)
+        self.stride = min((part.stride for part in self._parts), default=1)
+        lengths = [math.inf if part.length is None else part.length for part in self._parts]
+        length = combined_length(loader.mode, lengths)
+        self.length: int | None = None if math.isinf(length) else int(length)
+        if endless and self.length is None:
+            raise MisconfigurationException(
+                "on several ranks, an evaluation with CombinedLoader(mode='max_size_cycle') needs loaders that have a "
+                "length; give them __len__, or use mode='min_size' or 'max_size'"
+            )
+        # By index: where, and from which random state, the loader's present pass began, if that was not at the start.
+        self._passes: dict[int, dict[str, Any]] = {}
+        self._drawn = 0
+        self.initial_state = self.state_dict()
 
-    def start(self, skip: int = 0, limit: int | None = None) -> Iterator[Any]:
-        """The batches of one pass; see `RankLoader.start`."""
-        return itertools.islice(self._together(), skip, limit)
+    def start(self, skip: int = 0, limit: int | None = None, at: dict[str, Any] | None = None) -> Iterator[Any]:
+        """This rank's nests of batches of one pass; see `RankLoader.start`."""
+        known = [number for number in (limit, self.length) if number is not None]
+        stop = min(known, default=None)
+        self._drawn, self._passes = skip, dict((at or {}).get("passes", {}))
+        begin = self._in_turn if self.source.mode == "sequential" else self._together
+        left = None if stop is None else len(range(self.first + skip * self.stride, stop, self.stride))
+        return self._counted(itertools.islice(begin(skip, stop), left))
 
-    def _together(self) -> Iterator[Any]:
-        running = [part.start() for part in self._parts]
-        unfinished = set(range(len(running)))
-        while True:
-            batches = []
-            for index, part in enumerate(self._parts):
-                batch = next(running[index], _OVER)
-                if batch is _OVER:
-                    unfinished.discard(index)
-                    if not unfinished:
-                        return
-                    running[index] = part.start()
-                    batch = next(running[index])
-                batches.append(batch)
-            yield dict(zip(self._keys, batches, strict=True)) if self._keys is not None else type(self.source)(batches)
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._drawn += 1
+            yield batch
+
+    def _together(self, skip: int, stop: int | None) -> Iterator[Any]:
+        skips = [0 if index in self._passes else skip for index in range(len(self._parts))]
+        running = _start_together(self._parts, skips, stop)
+        for index in self._passes:
+            running[index] = self._go_on(index, skip)
+        together = draw_together(self.source.mode, running, self._start_over, self._passes)
+        return map(self.source.unflatten, together)
+
+    def _in_turn(self, skip: int, stop: int | None) -> Iterator[Any]:
+        current = max(self._passes, default=0)
+        running = self._go_on(current, skip) if current else self._parts[0].start(skip, stop)
+        later = (self._start_over(index) for index in range(current + 1, len(self._parts)))
+        return itertools.chain(running, itertools.chain.from_iterable(later))
+
+    def _start_over(self, index: int) -> Iterator[Any]:
+        part = self._parts[index]
+        self._passes[index] = {"from": self._drawn, "random": capture_rng(), "loader": part.state_dict()}
+        return part.start()
+
+    def _go_on(self, index: int, skip: int) -> Iterator[Any]:
+        """Begin the pass again that was in progress in a loader that had started over."""
+        began, part = self._passes[index], self._parts[index]
+        restore_rng(began["random"])
+        part.load_state_dict(began["loader"])
+        running = part.start(skip - began["from"])
+        if skip == began["from"]:
+            part._draw_beginning()
+        return running
+
+    def track(self) -> None:
+        """Nothing: a nest of batches has no indices in one dataset."""
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the generators that the loaders own."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+        """States of the generators that the loaders own, and how those began that have started over."""
+        return {"parts": [part.state_dict() for part in self._parts], "passes": dict(self._passes)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Put back what `state_dict` returned."""
+        """Put back the generators' states that `state_dict` returned."""
         for part, kept in zip(self._parts, (state or {}).get("parts", ()), strict=False):
             part.load_state_dict(kept)
 
@@ -433,9 +511,7 @@ class NestLoader:
             part.set_epoch(epoch)
 
 
-_OVER = object()
-
-
-def training_loader(loaders: Any, deal: bool = True) -> RankLoader | NestLoader:
-    """What a rank iterates in training, of one loader or a nest of them."""
-    return NestLoader(loaders, deal) if is_nest(loaders) else RankLoader(loaders, training=True, deal=deal)
+def rank_loader(loader: Any, training: bool, deal: bool = True) -> RankLoader | RankLoaders:
+    """What a rank iterates of one loader, or of a CombinedLoader."""
+    kind = RankLoaders if isinstance(loader, CombinedLoader) else RankLoader
+    return kind(loader, training, deal)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
@@ -42,6 +43,12 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Called on every rank where a call of the Trainer ends by an exception."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The run ends by `exception`, KeyboardInterrupt included: release what `setup` took."""
 
     @classmethod
     def from_datasets(
@@ -92,12 +99,24 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
         return datamodule
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Make one from the hyper-parameters and the state that a checkpoint holds.
 
         Args:
-            checkpoint_path: Path or URL.
+            checkpoint_path: Path, URL or open file.
             map_location: As for `torch.load`.
+            hparams_file: YAML file whose hyper-parameters are taken instead of the checkpoint's.
+            weights_only: Accepted for compatibility; nothing in a file is ever executed.
             kwargs: For `__init__`, over the stored hyper-parameters.
+
+        Raises:
+            CheckpointError: For a file that is missing or is no sound checkpoint.
         """
-        return datamodule_from_checkpoint(cls, checkpoint_path, map_location, kwargs)
+        return datamodule_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, kwargs)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lightlite import distributed
 from lightlite.utilities.seed import capture_rng, restore_rng
@@ -72,10 +72,32 @@ class Dealt(Sampler[Any]):
         except TypeError:
             return None
 
-    def draw_first(self) -> None:
+    def draw(self) -> None:
         """Draw the order's beginning now, so that it is drawn from the random state of this moment."""
         if self._last is not None:
             self._last.draw()
+
+
+class Endless(Iterable[Any]):
+    """An iterable that starts over whenever it is over.
+
+    Args:
+        source: The iterable.
+        generator: For a DataLoader's sampler, the loader's generator, if it has one of its own.
+    """
+
+    def __init__(self, source: Any, generator: torch.Generator | None = None) -> None:
+        self._source, self._generator = source, generator
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count():
+            if number and not isinstance(self._source, DataLoader):
+                # So does a DataLoader that is iterated anew, to seed its workers.
+                torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+            yield from self._source
+
+    def __len__(self) -> int:
+        return len(self._source)
 
 
 class Draw:

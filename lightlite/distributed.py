@@ -287,6 +287,28 @@ def all_gather(value: Tensor) -> list[Tensor]:
     return gathered
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return torch.stack(all_gather(value))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce(gradient, "sum")[rank() if world_size() > 1 else 0]
+
+
+def gather_with_grad(value: Tensor) -> Tensor:
+    """Every rank's `value`, stacked by rank; its gradient is the sum of those of all ranks' results.
+
+    The backward pass is a collective call, too.
+    """
+    return _Gather.apply(value)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def broadcast(value: Tensor, source: int = 0) -> None:
     """Overwrite `value` in place by rank `source`'s, where there are several ranks."""
     if world_size() > 1:

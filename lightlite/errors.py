@@ -17,6 +17,10 @@ A user's own exception is never wrapped: it passes through as it was raised.
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class LightliteError(Exception):
     """Root of every exception that lightlite raises on its own account."""
@@ -79,3 +83,57 @@ class RankFailedError(LaunchError):
 
 class RankTimeoutError(RankFailedError, TimeoutError):
     """A rank kept the others waiting for longer than `Trainer(timeout=…)` allows: it hangs, or somebody stopped it."""
+
+
+LEFT_OUT = {
+    r"fsdp|fully.?sharded|model_?parallel": "FSDP and model parallelism are not in lightlite yet",
+    r"xla|(?<!ou)tpu": "TPUs and XLA are left out of lightlite",
+    r"deepspeed": "DeepSpeed is left out of lightlite",
+    r"bitsandbytes|nf4|fp4|int8": "bitsandbytes is left out of lightlite",
+    r"transformer.?engine": "TransformerEngine is left out of lightlite",
+    r"comet": "Comet is left out of lightlite",
+    r"neptune": "Neptune is left out of lightlite",
+    r"litlogger": "LitLogger is left out of lightlite",
+    r"pruning": "pruning is left out of lightlite",
+    r"servable|^serve$": "serving is left out of lightlite",
+    r"checkpoint_?io|^io$|async_plugin|torch_plugin": "plugins for checkpoint files are left out of lightlite",
+    r"layer_?sync|torchsyncbatchnorm": "plugins that synchronize layers are left out of lightlite, which has "
+    "Trainer(sync_batchnorm=True)",
+    r"parallelstrategy": "the base class of parallel strategies is left out of lightlite, which has Strategy",
+    r"lightningenvironment": "it is left out of lightlite, whose Trainer(devices=…) starts its ranks without one",
+}
+"""What of Lightning's lightlite does not have, on purpose: patterns of names, and what to say of them."""
+
+
+def why_left_out(name: str) -> str | None:
+    """A sentence, where a name of Lightning's belongs to what lightlite leaves out; else None."""
+    return next((text for pattern, text in LEFT_OUT.items() if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def missing_name(module: str, name: str, there: Iterable[str]) -> str:
+    """What to say of a name that a module does not have.
+
+    Args:
+        module: The module's name.
+        name: What was asked of it.
+        there: What it has.
+    """
+    there = sorted(there)
+    close = difflib.get_close_matches(name, there, n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    why = why_left_out(name)
+    reason = f" ({why})" if why else ""
+    return f"lightlite has no {name} in {module}{reason}; {hint}there is: {', '.join(there) or 'nothing'}"
+
+
+def missing_attribute(module: str, name: str) -> Exception:
+    """What a module's `__getattr__` raises for a name that it does not have.
+
+    Returns:
+        An ImportError for what is left out on purpose, since its message, unlike that of an AttributeError, reaches
+        who writes `from module import name`; else an AttributeError.
+    """
+    why = why_left_out(name)
+    if why:
+        return ImportError(f"there is no {name} in {module}: {why}", name=module)
+    return AttributeError(f"module {module!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from lightlite.loggers import Logger
 from lightlite.loops.session import DataSource
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, LRSchedulerConfig
+from lightlite.profilers import Profiler
 from lightlite.progress import FitProgress, RunningStage, TrainerState, TrainerStatus
 from lightlite.results import Recorder
 
@@ -38,7 +39,7 @@ class TrainerFacts:
     val_check_time: timedelta | None
     val_check_batch: int | float | None
     check_val_every_n_epoch: int | None
-    num_sanity_val_steps: int
+    num_sanity_val_steps: int | float
     log_every_n_steps: int
     fast_dev_run: int | bool
     accumulate_grad_batches: int
@@ -55,6 +56,7 @@ class TrainerFacts:
     benchmark: bool | None
 
     hardware: config.Hardware
+    profiler: Profiler
     state: TrainerState
     progress: FitProgress
     recorder: Recorder
@@ -65,7 +67,6 @@ class TrainerFacts:
     running_device: torch.device | None
     strategy_is_set_up: bool
     num_training_batches: int | float
-    num_sanity_val_batches: list[int | float]
     num_val_batches: list[int | float]
     num_test_batches: list[int | float]
     num_predict_batches: list[int | float]
@@ -166,6 +167,11 @@ class TrainerFacts:
         return self.progress.optimizer_steps
 
     @property
+    def num_sanity_val_batches(self) -> list[int | float]:
+        """How many batches of each validation loader the sanity check takes."""
+        return [min(self.num_sanity_val_steps, count) for count in self.num_val_batches]
+
+    @property
     def is_last_batch(self) -> bool:
         """Whether the batch just trained on was the last of its epoch."""
         return self.progress.last_batch
@@ -177,8 +183,8 @@ class TrainerFacts:
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """The latest of what was handed to the loggers, by key."""
-        return self.recorder.logged
+        """The latest of what is for the loggers, by key."""
+        return self.recorder.logged_metrics
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:

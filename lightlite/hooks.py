@@ -7,12 +7,15 @@ tuple there and costs nothing. Names, arguments and order follow Lightning 2.x.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightlite.utilities.model_helpers import is_overridden as is_overridden
 
 if TYPE_CHECKING:
     from lightlite.trainer import Trainer
@@ -198,12 +201,9 @@ class CheckpointHooks:
         """Take from the checkpoint before the state is restored."""
 
 
-def is_overridden(name: str, instance: object, base: type) -> bool:
-    """Whether `instance` has its own `name` instead of `base`'s, by subclassing or by assignment."""
-    method = getattr(instance, name, None)
-    if method is None:
-        return False
-    return getattr(method, "__func__", method) is not getattr(base, name, None)
+def _numbered(name: str, seen: Counter[str]) -> str:
+    seen[name] += 1
+    return name if seen[name] == 1 else f"{name}#{seen[name]}"
 
 
 class HookTable:
@@ -220,15 +220,21 @@ class HookTable:
     def __init__(
         self, trainer: Trainer, module: Any, callbacks: Iterable[Any], callback_base: type, module_base: type
     ) -> None:
-        self._recorder = trainer.recorder
+        self._recorder, self._profiler = trainer.recorder, trainer.profiler
         self._trainer, self._module, self._callbacks = trainer, module, list(callbacks)
         self._callback_base, self._module_base = callback_base, module_base
+        of_class: Counter[str] = Counter()
+        self._labels = [_numbered(f"[Callback]{type(callback).__qualname__}", of_class) for callback in self._callbacks]
 
     def of_callbacks(self, name: str, monitoring: bool | None = None) -> tuple[Hook, ...]:
         """What callbacks wrote for `name`; with `monitoring`, only those that (do not) monitor a logged value."""
         return tuple(
-            self._named(name, functools.partial(getattr(callback, name), self._trainer, self._module))
-            for callback in self._callbacks
+            self._named(
+                name,
+                functools.partial(getattr(callback, name), self._trainer, self._module),
+                label,
+            )
+            for callback, label in zip(self._callbacks, self._labels, strict=True)
             if is_overridden(name, callback, self._callback_base)
             and (monitoring is None or monitoring == hasattr(callback, "monitor"))
         )
@@ -237,7 +243,7 @@ class HookTable:
         """What the module wrote for `name`: one function or none."""
         if not is_overridden(name, self._module, self._module_base):
             return ()
-        return (self._named(name, getattr(self._module, name)),)
+        return (self._named(name, getattr(self._module, name), f"[LightningModule]{type(self._module).__name__}"),)
 
     def resolve(self, name: str) -> tuple[Hook, ...]:
         """Everything that was written for `name`, in calling order."""
@@ -248,8 +254,9 @@ class HookTable:
         for hook in self.resolve(name):
             hook(*args)
 
-    def _named(self, name: str, function: Hook) -> Hook:
+    def _named(self, name: str, function: Hook, owner: str) -> Hook:
         recorder = self._recorder
+        function = self._profiler.wrap(f"{owner}.{name}", function)
 
         def hook(*args: Any, **kwargs: Any) -> Any:
             outer, recorder.hook = recorder.hook, name

@@ -6,24 +6,39 @@ import copy
 import inspect
 import types
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from lightlite.utilities.parsing import AttributeDict as AttributeDict
+from lightlite.utilities.parsing import get_init_args, instance_in_init
 
-class AttributeDict(dict[str, Any]):
-    """A dict whose string keys are attributes too."""
+CLASS_PATH = "_class_path"
+"""The hyper-parameter that tells an object's class, where it was chosen on the command line."""
+INSTANTIATOR = "_instantiator"
+"""The hyper-parameter that marks the others as parsed, not as `__init__` was given them."""
+INSTANTIATORS = (
+    "pytorch_lightning.cli.instantiate_module",  # this one is written: it is what Lightning knows as well
+    "lightning.pytorch.cli.instantiate_module",
+)
 
-    def __getattr__(self, key: str) -> Any:
-        try:
-            return self[key]
-        except KeyError:
-            raise AttributeError(f"no hyper-parameter {key!r}; there are: {', '.join(self) or 'none'}") from None
+_given: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("_given", default=None)
 
-    def __setattr__(self, key: str, value: Any) -> None:
-        self[key] = value
 
-    def __repr__(self) -> str:
-        return "\n".join(f"{key!r}: {value!r}" for key, value in sorted(self.items()))
+@contextmanager
+def given_hyperparameters(owner: type, values: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, `save_hyperparameters` of an `owner` keeps `values`, rather than what `__init__` was given.
+
+    Args:
+        owner: The class whose instance is made.
+        values: What was parsed for it, as plain data.
+    """
+    token = _given.set((owner, {**values, INSTANTIATOR: INSTANTIATORS[0]}))
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 class HyperparametersMixin:
@@ -58,11 +73,14 @@ class HyperparametersMixin:
             frame = current.f_back
         assert frame is not None
         given, name = _init_arguments(self, frame)
+        parsed = _given.get()
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         if len(args) == 1 and not isinstance(args[0], str):
             name = next((key for key, value in given.items() if value is args[0]), None)
             kept = vars(args[0]) if isinstance(args[0], Namespace) else dict(args[0])
         else:
+            if parsed is not None and isinstance(self, parsed[0]):
+                given = parsed[1]
             unknown = [key for key in args if key not in given]
             if unknown:
                 raise AttributeError(
@@ -99,15 +117,8 @@ def _init_arguments(instance: object, frame: types.FrameType) -> tuple[dict[str,
     collected: dict[str, Any] = {}
     current: types.FrameType | None = frame
     while current is not None and current.f_code.co_name == "__init__":
-        values = current.f_locals
-        names = current.f_code.co_varnames[: current.f_code.co_argcount + current.f_code.co_kwonlyargcount]
-        if not names or values.get(names[0]) is not instance:
+        if instance_in_init(current) is not instance:
             break
-        own = {name: values[name] for name in names[1:] if name in values}
-        flags = current.f_code.co_flags
-        if flags & inspect.CO_VARKEYWORDS:
-            extra = current.f_code.co_varnames[len(names) + bool(flags & inspect.CO_VARARGS)]
-            own.update(values.get(extra, {}))
-        collected = {**collected, **own}
+        collected = {**collected, **get_init_args(current)}
         current = current.f_back
     return collected, "kwargs"

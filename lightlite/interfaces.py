@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightlite import distributed
 from lightlite.distributed import Ranks
+from lightlite.errors import MisconfigurationException
 
 T = TypeVar("T")
 
@@ -110,6 +111,10 @@ class Accelerator(ABC):
         """Memory and utilisation figures; keys name the unit, as in "memory_used_bytes", "utilization_percent"."""
         return {}
 
+    def external_profiler(self) -> AbstractContextManager[Any] | None:
+        """Context in which the maker's own profiler records this process; None where there is none."""
+        return None
+
     def threads_per_rank(self, local_world_size: int) -> int | None:
         """CPU threads that each of `local_world_size` ranks should compute with; None to leave torch's choice."""
         return None
@@ -133,6 +138,17 @@ class Precision:
     def forward_context(self) -> Callable[[], AbstractContextManager[Any]] | None:
         """A factory of the context that steps run in (autocast), or None where none is needed."""
         return None
+
+    def output_converter(self) -> Callable[[Any], Any] | None:
+        """A function that brings a forward's floating-point outputs back to torch's default format; None for nothing.
+
+        For a user's own loop, whose loss is computed outside of `forward_context`.
+        """
+        return None
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """A context in which new tensors have the format that parameters are kept in."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep, under the class's qualified name; empty if nothing."""
@@ -185,6 +201,16 @@ class Strategy(ABC):
             loss it returns will be in sync; None otherwise. It is called once a micro-batch.
         """
 
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Prepare a module of a user's own loop for gradient sync; it is on its device already.
+
+        Returns:
+            `module` itself where there is nothing to sync. Otherwise a module which, called as `wrapper(name, *args,
+            **kwargs)`, runs the module's method of that name ("forward" for the module itself) so that the gradients of
+            what it returns will be in sync; and which has `no_sync()`, the context in which they stay local.
+        """
+        return module
+
     def teardown(self) -> None:
         """Release the wrapper and the device; the module is the user's bare one again, in the host's memory."""
         if hasattr(self, "module"):
@@ -198,11 +224,14 @@ class Strategy(ABC):
         """Context in which backward passes leave gradients local, for all but the last of an accumulation."""
         return nullcontext()
 
+    def before_training_epoch(self) -> None:
+        """An epoch of training begins: what is trained may have changed since `setup`, by callbacks that unfreeze."""
+
     def sync_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Average gradients over the ranks after a backward pass that the user ran by hand."""
 
-    def before_evaluation(self) -> None:
-        """Make every rank's copy of the module equal, buffers included, before it is evaluated."""
+    def before_evaluation(self, module: nn.Module | None = None) -> None:
+        """Make every rank's copy of a module (None: that of `setup`) equal, buffers included, to evaluate it."""
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state, as one process would have it."""
@@ -220,12 +249,23 @@ class Strategy(ABC):
         """Put back `module_state_dict`."""
         self.module.load_state_dict(state, strict=strict)
 
-    def clip_gradients(self, parameters: list[Tensor], value: float, algorithm: str) -> None:
-        """Clip gradients in place, by their total "norm" or each "value"."""
+    def clip_gradients(
+        self,
+        parameters: list[Tensor],
+        value: float,
+        algorithm: str,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor | None:
+        """Clip gradients in place, by their total "norm" or each "value".
+
+        Returns:
+            The total norm before, a scalar; None for "value".
+        """
         if algorithm == "value":
             nn.utils.clip_grad_value_(parameters, value)
-        else:
-            nn.utils.clip_grad_norm_(parameters, value)
+            return None
+        return nn.utils.clip_grad_norm_(parameters, value, norm_type, error_if_nonfinite)
 
     @property
     def global_rank(self) -> int:
@@ -257,8 +297,11 @@ class Strategy(ABC):
         return distributed.all_reduce(tensor, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Every rank's `tensor`, stacked: shape (world_size, *tensor.shape)."""
-        return torch.stack(distributed.all_gather(tensor))
+        """Every rank's `tensor`, stacked: shape (world_size, *tensor.shape).
+
+        With `sync_grads`, the gradient of `tensor` is the sum of what all ranks' losses make of it.
+        """
+        return distributed.gather_with_grad(tensor) if sync_grads else torch.stack(distributed.all_gather(tensor))
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Rank `src`'s object, on every rank."""
@@ -303,6 +346,22 @@ class Launcher(ABC):
         `error` itself. May wait a few seconds for the other ranks to speak.
         """
         return error
+
+    @classmethod
+    def start_over(cls, accelerator: str, devices: Sequence[int]) -> NoReturn:
+        """End this process and run its script from the beginning, on a rank for every device.
+
+        Args:
+            accelerator: Registered name.
+            devices: Indices of this machine's devices.
+
+        Raises:
+            MisconfigurationException: Where that cannot be done, saying what can.
+        """
+        raise MisconfigurationException(
+            f"{cls.__name__} cannot start a script over on {len(devices)} ranks; put the code that they are to run "
+            "into a function train(fabric) and call fabric.launch(train)"
+        )
 
     @abstractmethod
     def close(self) -> None:

@@ -32,16 +32,21 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
     `predict_step` and the hooks. Names, arguments and order are those of Lightning 2.x.
     """
 
-    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder")
+    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder", "_fabric")
+
+    # What a subclass may set in `__init__`, on the class, or by a property of its own.
+    automatic_optimization: bool = True
+    """Whether the loop runs backward passes and steps; False for a `training_step` that does it itself."""
+    strict_loading: bool = True
+    """Whether a checkpoint's keys must be exactly the module's."""
+    example_input_array: Any = None
+    """What `forward` may be called with: a tensor, or a tuple or dict of arguments; for summaries and exports."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.__dict__["_trainer"] = None
         self.__dict__["_recorder"] = None
-        self.automatic_optimization = True
         self.prepare_data_per_node = True
-        self.strict_loading = True
-        self.example_input_array: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **dict.fromkeys(self._not_sent)}
@@ -67,6 +72,15 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         self.__dict__["_trainer"] = trainer
+
+    @property
+    def fabric(self) -> Any:
+        """The Fabric that runs this module in a loop of the user's own, or None."""
+        return self.__dict__.get("_fabric")
+
+    @fabric.setter
+    def fabric(self, fabric: Any) -> None:
+        self.__dict__["_fabric"] = fabric
 
     @property
     def device(self) -> torch.device:
@@ -206,25 +220,57 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         """
         recorder = self.__dict__.get("_recorder")
         if recorder is None:
-            warnings.warn(f"self.log({name!r}, …) does nothing: the module is not attached to a Trainer", stacklevel=2)
+            unattached = self.__dict__.get("_trainer") is None
+            why = "the module is not attached to a Trainer" if unattached else "the Trainer has barebones=True"
+            warnings.warn(f"self.log({name!r}, …) does nothing: {why}", stacklevel=2)
             return
         recorder.log(
             name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size, rank_zero_only
         )
 
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+    def log_dict(
+        self,
+        dictionary: Mapping[str, Any],
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
         """Record several values.
 
         Args:
             dictionary: Value by name; a torchmetrics MetricCollection is one.
-            options: As for `log`.
+            prog_bar: This and what follows: as for `log`.
+            logger: See `log`.
+            on_step: See `log`.
+            on_epoch: See `log`.
+            reduce_fx: See `log`.
+            enable_graph: See `log`.
+            sync_dist: See `log`.
+            sync_dist_group: See `log`.
+            add_dataloader_idx: See `log`.
+            batch_size: See `log`.
+            rank_zero_only: See `log`.
+
+        Raises:
+            MisconfigurationException: For something else than a dictionary.
         """
         if not isinstance(dictionary, Mapping) and not hasattr(dictionary, "items"):
             raise MisconfigurationException(
                 f"self.log_dict was given {type(dictionary).__name__}; give a dict from name to value"
             )
         for name, value in dictionary.items():
-            self.log(name, value, **options)
+            self.log(
+                name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
+                add_dataloader_idx, batch_size, rank_zero_only=rank_zero_only,
+            )  # fmt: skip
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank zero only, without breaking the progress bar."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,35 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightlite.errors import MisconfigurationException
+from lightlite.utilities.types import LRSchedulerConfig as LRSchedulerConfig
 
 FORMS = (
     "an optimizer; a list of optimizers; two lists, of optimizers and of schedulers; a dict with 'optimizer' and, "
     "if wanted, 'lr_scheduler' (a scheduler, or a dict with 'scheduler', 'interval', 'frequency', 'monitor', "
     "'strict', 'name'); a list of such dicts; or None"
 )
-
-
-@dataclass
-class LRSchedulerConfig:
-    """A learning-rate scheduler and when it is stepped.
-
-    Attributes:
-        scheduler: The scheduler.
-        name: What LearningRateMonitor calls it; by default after the optimizer.
-        interval: "epoch" or "step" (an optimizer's step, so that accumulated batches count once).
-        frequency: Step it every that many intervals.
-        reduce_on_plateau: Whether it is stepped with the value of `monitor`.
-        monitor: Name of a logged value, for ReduceLROnPlateau.
-        strict: Whether a missing `monitor` is an error rather than a warning.
-    """
-
-    scheduler: Any
-    name: str | None = None
-    interval: str = "epoch"
-    frequency: int = 1
-    reduce_on_plateau: bool = False
-    monitor: str | None = None
-    strict: bool = True
 
 
 class LightningOptimizer:
@@ -54,6 +32,8 @@ class LightningOptimizer:
         self.scaler: torch.amp.GradScaler | None = None
         self.before_step: Callable[[Optimizer], None] | None = None
         """Set in manual optimization: hooks and counting, which the training step does otherwise."""
+        self.after_closure: Callable[[], None] | None = None
+        """Set in automatic optimization, where gradients are to be shown to hooks or clipped before a step."""
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.toggled: Callable[[LightningOptimizer], AbstractContextManager[Any]] = lambda _: nullcontext()
 
@@ -80,9 +60,24 @@ class LightningOptimizer:
         """
         if self.before_step is not None:
             self.before_step(self.optimizer)
+        if self.after_closure is not None:
+            closure = self._finishing(closure, self.after_closure)
         if self.scaler is not None:
             return self._scaled_step(closure, **kwargs)
         return self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
+
+    @staticmethod
+    def _finishing(closure: Callable[[], Any] | None, finish: Callable[[], None]) -> Callable[[], Any] | None:
+        if closure is None:
+            finish()
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            finish()
+            return loss
+
+        return evaluate
 
     def _scaled_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         scaler = self.scaler

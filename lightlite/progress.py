@@ -60,6 +60,15 @@ class RunningStage(_Name):
         return {"train": "train", "test": "test", "predict": "predict"}.get(self.value, "val")
 
 
+STAGES = {
+    TrainerFn.FITTING: RunningStage.TRAINING,
+    TrainerFn.VALIDATING: RunningStage.VALIDATING,
+    TrainerFn.TESTING: RunningStage.TESTING,
+    TrainerFn.PREDICTING: RunningStage.PREDICTING,
+}
+"""The loop that an entry point is there for."""
+
+
 @dataclass
 class TrainerState:
     """What a trainer is doing now."""
@@ -95,6 +104,7 @@ class FitProgress:
         pending: Whether something after the last completed batch is left to do: logging, validation.
         validated: Whether the validation that falls due after the last completed batch has been run.
         last_batch: Whether the batch last begun was the last one of its epoch.
+        closing: Whether the epoch last begun only runs forward, after all training: see `FitLoop.done`.
     """
 
     epoch: int = 0
@@ -108,15 +118,17 @@ class FitProgress:
     pending: bool = False
     validated: bool = False
     last_batch: bool = False
+    closing: bool = False
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, closing: bool) -> None:
         """A new epoch begins."""
         self.epoch_open, self.epoch_done, self.batches_in_epoch = True, False, 0
-        self.pending = self.validated = self.last_batch = False
+        self.pending = self.validated = False
+        self.closing = closing
 
     def abandon_epoch(self) -> None:
         """Forget an epoch that an earlier fit broke off: a fit that restores nothing begins it anew."""
-        self.epoch_open = self.epoch_done = self.pending = self.validated = self.last_batch = False
+        self.epoch_open = self.epoch_done = self.pending = self.validated = self.closing = False
         self.batches_in_epoch = 0
 
     def end_epoch(self) -> None:

@@ -12,6 +12,7 @@ also the only road by which the core reaches `lightlite.plugins` and `lightlite.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -126,6 +127,21 @@ class Registry(Generic[P]):
             found = entry_points(group=self.group) if self.group else ()
             self._entry_points = {point.name: point for point in found}
         return self._entry_points
+
+
+CALLBACK_FACTORIES = "lightlite.callbacks_factory"
+"""Entry-point group of functions without arguments, each of which returns a Callback, or a list, for every Trainer."""
+
+
+def callbacks_of_packages() -> Iterator[tuple[str, Any]]:
+    """What each function of that group returns, and what to call it in messages."""
+    for point in _callback_factories():
+        yield f"what {point.value} returns (entry point {point.name!r} of {CALLBACK_FACTORIES})", point.load()()
+
+
+@functools.cache
+def _callback_factories() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=CALLBACK_FACTORIES))
 
 
 AcceleratorRegistry: Registry[Accelerator] = Registry(

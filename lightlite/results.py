@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from lightlite import distributed
 from lightlite.entries import Entry, Place, Share, combine, numbers
 from lightlite.errors import MetricError, MisconfigurationException
+from lightlite.utilities.data import size_of_batch
 
 REDUCTIONS = ("mean", "sum", "min", "max")
 
@@ -32,6 +32,7 @@ STEP_HOOKS = {
     "on_after_backward",
     "on_before_optimizer_step",
     "optimizer_step",
+    "optimizer_zero_grad",
     "lr_scheduler_step",
     "configure_gradient_clipping",
 }
@@ -61,7 +62,6 @@ class Results:
         self.late: dict[str, float] = {}
         self.epoch_values: dict[Place, tuple[str, float]] = {}
         self.batches: Counter[int] = Counter()
-        self.in_batch = False
         self.computed: list[Any] = []
 
     def reset(self) -> None:
@@ -73,7 +73,6 @@ class Results:
         self.entries.clear()
         self.epoch_values.clear()
         self.batches.clear()
-        self.in_batch = False
 
 
 class Recorder:
@@ -100,9 +99,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Drop the metrics of the former call."""
-        self._callback.clear()
-        self._progress_bar.clear()
-        self.logged.clear()
+        self._callback, self._progress_bar, self.logged = {}, {}, {}
 
     def log(
         self,
@@ -128,7 +125,9 @@ class Recorder:
         place = (self.hook, name, self.dataloader_idx, add_dataloader_idx)
         entry = results.entries.get(place)
         if entry is None:
-            entry = results.entries[place] = make_entry(Place(*place), given)
+            entry = make_entry(Place(*place), given)
+            _refuse_mixing_loaders(entry.place, results.entries.values())
+            results.entries[place] = entry
         elif entry.given != given:
             raise MisconfigurationException(
                 f"self.log({name!r}, …) was called twice in {self.hook} with different arguments: (prog_bar, logger, "
@@ -157,8 +156,7 @@ class Recorder:
 
     def _size_of_batch(self, name: str) -> int:
         if self._measured is None or self._measured[0] is not self.batch:
-            size = next(_sizes(self.batch, Tensor), None)
-            size = next(_sizes(self.batch, str), None) if size is None else size
+            size = size_of_batch(self.batch)
             if size is None:
                 raise MisconfigurationException(
                     f"self.log({name!r}, …) cannot tell the batch size from a batch of type "
@@ -168,11 +166,12 @@ class Recorder:
         return self._measured[1]
 
     def step_metrics(self) -> dict[str, float]:
-        """What the values logged on_step in this batch come to, for the loggers. A collective call.
+        """What the values last logged on_step in this epoch come to, for the loggers. A collective call.
 
         With several ranks these are the values over all ranks: what one process would log.
         """
-        entries = self._fresh_steps()
+        assert self.active is not None
+        entries = [entry for entry in self.active.entries.values() if entry.on_step]
         values = numbers([entry.step_value() for entry in entries])
         if distributed.world_size() > 1:
             shares = {
@@ -189,6 +188,7 @@ class Recorder:
 
     def take_steps(self) -> dict[str, Any]:
         """What was logged on_step in this batch, for the loggers, by key; left on the device. For evaluation."""
+        self._publish_fresh()
         entries = self._fresh_steps()
         for entry in entries:
             entry.fresh = False
@@ -199,16 +199,27 @@ class Recorder:
         return [entry for entry in self.active.entries.values() if entry.on_step and entry.fresh]
 
     def _publish_step(self, entry: Entry, value: Any) -> None:
-        self._callback[entry.key] = self._callback[entry.step_key] = torch.as_tensor(value).detach().reshape(())
+        tensor = torch.as_tensor(value).detach().reshape(())
+        assert self.active is not None
+        # Of evaluation, callbacks watch what its epoch comes to.
+        if self.active.training or not entry.on_step:
+            self._callback[entry.key] = self._callback[entry.step_key] = tensor
+        if entry.logger:
+            self.logged[entry.step_key] = tensor
         if entry.prog_bar:
             self._progress_bar[entry.step_key] = value
 
-    def _publish_steps(self) -> None:
+    def _publish_fresh(self) -> None:
         """Show this rank's latest values to whoever asks in the middle of an epoch."""
-        for entry in self._fresh_steps():
-            # A metric without a value of its own for the batch computes one over all ranks, who are not here now.
-            if getattr(entry.metric, "_forward_cache", entry.latest) is not None:
-                self._publish_step(entry, entry.step_value())
+        if self.active is None:
+            return
+        for entry in self.active.entries.values():
+            if entry.fresh and entry.on_step:
+                # A metric without a value of its own for the batch computes one over all ranks, who are not here now.
+                if getattr(entry.metric, "_forward_cache", entry.latest) is not None:
+                    self._publish_step(entry, entry.step_value())
+            elif entry.fresh and entry.metric is None and entry.place.hook in EPOCH_HOOKS:
+                self._publish_step(entry, entry.latest)
 
     def reduce_epoch(self) -> dict[str, float]:
         """Bring values logged on_epoch, and not reduced yet, together over the ranks. A collective call.
@@ -221,7 +232,7 @@ class Recorder:
         """
         results = self.active
         assert results is not None
-        results.in_batch = False
+        self._publish_fresh()
         entries = {entry.place: entry for entry in results.entries.values() if entry.on_epoch and not entry.reduced}
         shares = {place: entry.share() for place, entry in entries.items() if entry.metric is None}
         shares |= {
@@ -240,11 +251,13 @@ class Recorder:
                     value, next(r for r, (_, own) in enumerate(gathered) if place in own)
                 )
             self._publish_epoch(place, parts[0], value)
-            results.epoch_values[place] = (parts[0].key, value)
             if parts[0].logger:
+                results.epoch_values[place] = (parts[0].key, value)
                 logged[parts[0].key] = value
         for entry in entries.values():
-            entry.reduced, entry.fresh = True, False
+            entry.reduced = True
+        for entry in results.entries.values():
+            entry.fresh = False
         return logged
 
     def reduce_epoch_quietly(self) -> None:
@@ -296,21 +309,27 @@ class Recorder:
     def _publish_epoch(self, place: Place, share: Share, value: float) -> None:
         tensor = torch.tensor(value)
         self._callback[place.name + place.suffix] = self._callback[share.key] = tensor
+        if share.logger:
+            self.logged[share.key] = tensor
         if share.prog_bar:
             self._progress_bar[share.key] = value
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
-        """The latest of everything logged, for callbacks and schedulers; never a collective call."""
-        if self.active is not None and self.active.in_batch:
-            self._publish_steps()
-        return dict(self._callback)
+        """The latest of everything logged, for callbacks and schedulers, who may add to it; never collective."""
+        self._publish_fresh()
+        return self._callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The latest of everything that is for the loggers, whether or not its turn to be logged has come."""
+        self._publish_fresh()
+        return dict(self.logged)
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """The latest of what was logged with prog_bar=True, as numbers; waits for the device."""
-        if self.active is not None and self.active.in_batch:
-            self._publish_steps()
+        self._publish_fresh()
         return dict(zip(self._progress_bar, numbers(list(self._progress_bar.values())), strict=True))
 
 
@@ -358,6 +377,16 @@ def make_entry(place: Place, given: tuple[Any, ...]) -> Entry:
     return Entry(place, given, prog_bar, logger is not False, on_step, on_epoch, reduce, rank_zero_only)
 
 
+def _refuse_mixing_loaders(place: Place, others: Iterable[Entry]) -> None:
+    unsuffixed = (place.hook, place.name, False)
+    if not place.suffixed and any((o.place.hook, o.place.name, o.place.suffixed) == unsuffixed for o in others):
+        raise MisconfigurationException(
+            f"self.log({place.name!r}, add_dataloader_idx=False) was called for several loaders, whose values would be "
+            f"mixed up; give each a name of its own, as in f'{place.name}_{{dataloader_idx}}', or leave "
+            "add_dataloader_idx out"
+        )
+
+
 def _flags(entry: Entry) -> tuple[bool, str, bool, bool]:
     return entry.rank_zero_only, entry.epoch_key, entry.logger, entry.prog_bar
 
@@ -402,21 +431,3 @@ def _unusual(entry: Entry, value: Any) -> Any:
         f"self.log({entry.place.name!r}, …) was given {value!r} of type {type(value).__name__}; log a number, a "
         "tensor of one element, or a torchmetrics Metric"
     )
-
-
-def _sizes(batch: Any, kind: type) -> Iterator[int]:
-    """Lengths of the tensors in a batch, in order; or, with `str`, of the lists of strings."""
-    if isinstance(batch, Tensor):
-        if kind is Tensor:
-            yield batch.shape[0] if batch.dim() else 1
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _sizes(value, kind)
-    elif isinstance(batch, (list, tuple)):
-        if batch and kind is str and all(isinstance(value, (str, bytes, int, float)) for value in batch):
-            yield len(batch)
-        for value in batch:
-            yield from _sizes(value, kind)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        for field in fields(batch):
-            yield from _sizes(getattr(batch, field.name), kind)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from lightlite import config, distributed
-from lightlite.callbacks import Callback, Checkpoint
-from lightlite.data import NestLoader, RankLoader, as_list, check_loader, limit_of, sequential, training_loader
+from lightlite import config
+from lightlite.callbacks import Callback, Checkpoint, GradientAccumulationScheduler
+from lightlite.data import RankLoader, RankLoaders, combined, limit_of, one_by_one, rank_loader, sequential
 from lightlite.distributed import Ranks
 from lightlite.facts import TrainerFacts
 from lightlite.hooks import HookTable, is_overridden
 from lightlite.interfaces import Launcher
 from lightlite.loops.session import DataSource
+from lightlite.loops.trial import rehearsal
 from lightlite.module import LightningModule
 from lightlite.progress import RunningStage
 from lightlite.results import Recorder
 from lightlite.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from lightlite.loops.evaluate import PredictionLoop
+    from lightlite.loops.evaluate import PredictionLoop, _BatchLoop
     from lightlite.loops.fit import FitLoop
     from lightlite.trainer import Trainer
 
@@ -34,11 +35,13 @@ SESSION = (
     "lr_scheduler_configs",
     "fit_loop",
     "predict_loop",
+    "evaluation_loop",
     "lightning_module",
     "_source",
     "_launcher",
     "open_loaders",
     "_loader",
+    "_evaluated",
 )
 """What belongs to one process and one call, and is not sent to other ranks."""
 
@@ -49,14 +52,18 @@ class Run(TrainerFacts):
     hooks: HookTable
     fit_loop: FitLoop
     predict_loop: PredictionLoop
+    evaluation_loop: _BatchLoop | None
     training_step: Callable[..., Any] | None
     epoch_random_state: dict[str, Any] | None
     resumed_random_states: dict[str, Any] | None
     resumed_window: dict[str, Any]
     _own_callbacks: list[Callback]
-    open_loaders: list[RankLoader | NestLoader]
-    _loader: RankLoader | NestLoader | None
+    open_loaders: list[RankLoader | RankLoaders]
+    closing_epoch: bool
+    """Set by a callback that needs one more epoch after training, in which nothing is trained; see `FitLoop.done`."""
+    _loader: RankLoader | RankLoaders | None
     _launcher: Launcher | None
+    _evaluated: dict[str, Any] | None
 
     def __getstate__(self) -> dict[str, Any]:
         own = dict.fromkeys(SESSION)
@@ -67,11 +74,11 @@ class Run(TrainerFacts):
         """A call begins on this rank."""
         self.lightning_module, self._source = module, source
         self.recorder.module = module
-        self.recorder.forget()
-        self.__dict__.update(hooks=None, _loader=None, open_loaders=[])
+        self.__dict__.update(hooks=None, _loader=None, open_loaders=[], evaluation_loop=None)
+        self.closing_epoch = False
         config.set_algorithms(self.deterministic, self.benchmark)
         trainer = cast("Trainer", self)
-        module.attach(trainer, self.recorder)
+        module.attach(trainer, None if self.barebones else self.recorder)
         if source.datamodule is not None:
             source.datamodule.trainer = trainer
         self._anomaly = torch.is_anomaly_enabled()
@@ -79,22 +86,10 @@ class Run(TrainerFacts):
 
     def connect(self, ranks: Ranks) -> None:
         """Take this rank's place."""
-        self.running_device = self.hardware.devices[ranks.local_rank]
-        self.strategy.connect(self.hardware.accelerator, self.running_device, ranks)
+        self.running_device = self.hardware.connect(ranks)
         self.strategy_is_set_up = True
-        if self.hardware.launched:
-            self._take_share_of_cores(ranks)
         for logger in self.loggers:
             logger.share(self.strategy.broadcast)
-
-    def _take_share_of_cores(self, ranks: Ranks) -> None:
-        """Compute with the threads that are this rank's, which its launcher may have bound to cores of its own."""
-        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
-        everyone = distributed.gather_objects((ranks.node_rank, mine))
-        sharers = sum(node == ranks.node_rank and not mine.isdisjoint(theirs) for node, theirs in everyone)
-        threads = self.hardware.accelerator.threads_per_rank(sharers)
-        if threads is not None:
-            torch.set_num_threads(threads)
 
     def cause_of(self, error: BaseException) -> BaseException:
         """What the caller is to learn of where `error` was raised here; see `Launcher.cause_of`."""
@@ -133,20 +128,22 @@ class Run(TrainerFacts):
     def load(self, stage: RunningStage) -> list[Any]:
         """The loaders of an evaluation, in order."""
         prefix = stage.dataloader_prefix
-        loaders = as_list(self._source.request(prefix, self.lightning_module))
-        for loader in loaders:
-            check_loader(loader, f"the {prefix} loader")
+        with self.profiler.profile(f"{prefix}_dataloader"):
+            loaders = self._source.request(prefix, self.lightning_module)
+        self._evaluated = {**(self._evaluated or {}), prefix: getattr(loaders, "iterables", loaders)}
+        loaders = one_by_one(combined(loaders, "sequential", f"the {prefix} loader"))
         if self.overfit_batches and prefix == "val":
             loaders = [sequential(loader) for loader in loaders]
         return loaders
 
-    def load_training(self) -> RankLoader | NestLoader:
+    def load_training(self) -> RankLoader | RankLoaders:
         """What this rank iterates in training."""
-        loaders = self._source.request("train", self.lightning_module)
-        check_loader(loaders, "the train loader")
+        with self.profiler.profile("train_dataloader"):
+            loaders = self._source.request("train", self.lightning_module)
+        loaders = combined(loaders, "max_size_cycle", "the train loader")
         if self.overfit_batches:
             loaders = sequential(loaders)
-        self._loader = training_loader(loaders, self.use_distributed_sampler)
+        self._loader = rank_loader(loaders, training=True, deal=self.use_distributed_sampler)
         self.open_loaders.append(self._loader)
         return self._loader
 
@@ -170,13 +167,17 @@ class Run(TrainerFacts):
 
     def note_batches(self, stage: RunningStage, counts: Sequence[int | None]) -> None:
         """Make the numbers of batches known under `num_<stage>_batches`."""
-        name = {
-            RunningStage.SANITY_CHECKING: "num_sanity_val_batches",
-            RunningStage.VALIDATING: "num_val_batches",
-            RunningStage.TESTING: "num_test_batches",
-            RunningStage.PREDICTING: "num_predict_batches",
-        }[stage]
-        setattr(self, name, [float("inf") if count is None else count for count in counts])
+        setattr(
+            self,
+            f"num_{stage.dataloader_prefix}_batches",
+            [float("inf") if count is None else count for count in counts],
+        )
+
+    def rehearsal(
+        self, callbacks: Sequence[Callback] = (), **settings: Any
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """A context in which the present call may be tried, and after which all is as before; see `loops.trial`."""
+        return rehearsal(cast("Trainer", self), callbacks, **settings)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Hand values to the loggers, on rank zero.
@@ -188,11 +189,12 @@ class Run(TrainerFacts):
         if not metrics:
             return
         values = dict(metrics)
+        if step is None and "step" in values:
+            step = int(values.pop("step"))
         self.recorder.logged.update({key: torch.tensor(value) for key, value in values.items()})
-        given = values.pop("step", None)
-        values.setdefault("epoch", self.current_epoch)
-        if step is None:
-            step = self.progress.batches_that_stepped if given is None else int(given)
+        if step is None:  # another x-axis would put epochs at steps of another meaning
+            step = self.progress.batches_that_stepped
+            values.setdefault("epoch", self.current_epoch)
         if self.is_global_zero:
             for logger in self.loggers:
                 logger.log_metrics(metrics=values, step=step)
@@ -217,7 +219,8 @@ class Run(TrainerFacts):
         scaler = self.precision_plugin.scaler
         for hook in self.hooks.resolve("on_before_backward"):
             hook(loss)
-        self.lightning_module.backward(loss if scaler is None else scaler.scale(loss), *args, **kwargs)
+        with self.profiler.profile("backward"):
+            self.lightning_module.backward(loss if scaler is None else scaler.scale(loss), *args, **kwargs)
         self.strategy.sync_gradients(self.lightning_module.parameters())
         for hook in self.hooks.resolve("on_after_backward"):
             hook()
@@ -238,6 +241,21 @@ class Run(TrainerFacts):
         return None if self._loader is None else self._loader.loader
 
     @property
+    def val_dataloaders(self) -> Any:
+        """What was last given, or asked of the module or data module, to validate on, in fit too; None before that."""
+        return (self._evaluated or {}).get("val")
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The same of test."""
+        return (self._evaluated or {}).get("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The same of prediction."""
+        return (self._evaluated or {}).get("predict")
+
+    @property
     def estimated_stepping_batches(self) -> int | float:
         """How many optimizer steps the fit will take, for schedulers; infinite without a limit."""
         if self.max_epochs == -1:
@@ -246,8 +264,15 @@ class Run(TrainerFacts):
         count = limit_of(self.limit_train_batches, loader.length, "limit_train_batches")
         if count is None:
             return self.max_steps if self.max_steps != -1 else float("inf")
-        steps = -(-count // self.accumulate_grad_batches) * max(self.max_epochs or 0, 1)
+        steps = sum(-(-count // factor) for factor in self._accumulation(max(self.max_epochs or 0, 1)))
         return steps if self.max_steps == -1 else min(steps, self.max_steps)
+
+    def _accumulation(self, epochs: int) -> list[int]:
+        """Over how many batches each of the first epochs accumulates gradients."""
+        schedule = next((one for one in self.callbacks if isinstance(one, GradientAccumulationScheduler)), None)
+        if schedule is None:
+            return [self.accumulate_grad_batches] * epochs
+        return [schedule.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
 
 
 def checkpoints_last(callbacks: list[Callback]) -> list[Callback]:

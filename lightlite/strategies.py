@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightlite.errors import missing_attribute
 from lightlite.interfaces import Strategy
 from lightlite.registry import StrategyRegistry
 
@@ -18,7 +19,7 @@ _REGISTERED = {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single"}
 def __getattr__(name: str) -> Any:
     if name in _REGISTERED:
         return StrategyRegistry.get(_REGISTERED[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise missing_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from lightlite import checkpoint, config, distributed, storage
+from lightlite import checkpoint, config, distributed, formerly, storage
 from lightlite.callbacks import (
     Callback,
     Checkpoint,
@@ -24,15 +25,17 @@ from lightlite.callbacks import (
 from lightlite.datamodule import LightningDataModule
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import is_overridden
-from lightlite.interfaces import Accelerator, Launcher, Strategy
+from lightlite.interfaces import Accelerator, ClusterEnvironment, Precision, Strategy
 from lightlite.loggers import CSVLogger, DummyLogger, Logger
-from lightlite.loops.evaluate import STAGES, run_evaluation, run_predict
+from lightlite.loops.evaluate import run_evaluation, run_predict
 from lightlite.loops.fit import run_fit
 from lightlite.loops.session import DataSource
+from lightlite.loops.trial import run_search
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, LRSchedulerConfig
-from lightlite.progress import FitProgress, TrainerFn, TrainerState
-from lightlite.registry import LauncherRegistry
+from lightlite.profilers import Profiler
+from lightlite.progress import STAGES, FitProgress, TrainerFn, TrainerState
+from lightlite.registry import callbacks_of_packages
 from lightlite.results import Recorder
 from lightlite.run import SESSION, Run, checkpoints_last
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -79,7 +82,7 @@ class Trainer(Run):
         inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`; within fit, validation is
             always under the latter.
         use_distributed_sampler: Whether to deal batches out to ranks; False if the data is split by rank already.
-        profiler: Accepted for compatibility; None.
+        profiler: What records where the time goes: "simple", "advanced", "pytorch", a Profiler, or None for nothing.
         detect_anomaly: Whether autograd looks for the operation that made a NaN.
         barebones: Switch off everything that costs time: bar, loggers, checkpoints, summary, sanity check.
         plugins: A Precision, ClusterEnvironment, or list of them.
@@ -95,14 +98,15 @@ class Trainer(Run):
         MisconfigurationException: For a wrong argument, saying what was given and what is allowed.
     """
 
+    @formerly.explain_arguments
     def __init__(
         self,
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: int | str | Sequence[int] = "auto",
+        devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
-        precision: Any = None,
+        precision: config.PrecisionName | None = None,
         logger: Logger | Iterable[Logger] | bool | None = None,
         callbacks: Callback | list[Callback] | None = None,
         fast_dev_run: int | bool = False,
@@ -110,13 +114,13 @@ class Trainer(Run):
         min_epochs: int | None = None,
         max_steps: int = -1,
         min_steps: int | None = None,
-        max_time: Any = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
-        val_check_interval: Any = None,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
         log_every_n_steps: int | None = None,
@@ -126,14 +130,14 @@ class Trainer(Run):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
-        deterministic: bool | str | None = None,
+        deterministic: bool | Literal["warn"] | None = None,
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
-        profiler: Any = None,
+        profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
-        plugins: Any = None,
+        plugins: Precision | ClusterEnvironment | list[Precision | ClusterEnvironment] | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | Path | None = None,
@@ -162,7 +166,7 @@ class Trainer(Run):
         config.check_clipping(gradient_clip_val, gradient_clip_algorithm)
         config.check_count(accumulate_grad_batches, "accumulate_grad_batches", least=1)
         config.check_count(reload_dataloaders_every_n_epochs, "reload_dataloaders_every_n_epochs", least=0)
-        config.check_profiler(profiler)
+        self.profiler = config.profiler(profiler)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.inference_mode, self.use_distributed_sampler = inference_mode, use_distributed_sampler
@@ -177,7 +181,7 @@ class Trainer(Run):
         if timeout is not None:
             self.hardware.strategy.timeout = config.patience(timeout)
         self._begin_state()
-        self._launcher = self._start_launcher()
+        self._launcher = self.hardware.start_launcher()
         self.loggers = self._loggers(logger)
         self._own_callbacks = self._callbacks(
             callbacks, enable_checkpointing, enable_progress_bar, enable_model_summary
@@ -195,8 +199,7 @@ class Trainer(Run):
         self.running_device: torch.device | None = None
         self.strategy_is_set_up = False
         self.val_check_batch: int | float | None = None
-        self.num_training_batches: int | float = 0
-        self.num_sanity_val_batches: list[int | float] = []
+        self.num_training_batches: int | float = math.inf
         self.num_val_batches: list[int | float] = []
         self.num_test_batches: list[int | float] = []
         self.num_predict_batches: list[int | float] = []
@@ -207,14 +210,6 @@ class Trainer(Run):
             setattr(self, name, None)
         self.wrapped_optimizers: list[LightningOptimizer] = []
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
-
-    def _start_launcher(self) -> Launcher | None:
-        hardware = self.hardware
-        if hardware.launched or hardware.strategy.launcher is None or hardware.ranks.world_size == 1:
-            return None
-        world = hardware.ranks.local_world_size
-        threads = hardware.accelerator.threads_per_rank(world)
-        return LauncherRegistry.create(hardware.strategy.launcher, local_world_size=world, threads_per_rank=threads)
 
     def _loggers(self, given: Any) -> list[Logger]:
         if self.fast_dev_run:
@@ -247,6 +242,8 @@ class Trainer(Run):
             callbacks.append(ModelSummary())
         if self._max_time is not None and not has(Timer):
             callbacks.append(Timer(duration=self._max_time))
+        for origin, made in callbacks_of_packages():
+            callbacks += config.as_instances(made, Callback, origin)
         return checkpoints_last(callbacks)
 
     def fit(
@@ -273,14 +270,20 @@ class Trainer(Run):
             MisconfigurationException: For a module or loaders that cannot be trained with.
             CheckpointError: For a checkpoint that cannot be used.
         """
+        module, source = self._prepared_fit(model, train_dataloaders, val_dataloaders, datamodule)
+        path = self._choose_checkpoint("fit", ckpt_path, True)
+        self._on_every_rank(run_fit)(self, module, source, path)
+
+    def _prepared_fit(
+        self, model: Any, train_dataloaders: Any, val_dataloaders: Any, datamodule: Any
+    ) -> tuple[LightningModule, DataSource]:
         module = _unwrapped(model, "fit")
         _require(module, "training_step", "(self, batch, batch_idx) that returns a loss")
         _require(module, "configure_optimizers", "(self) that returns an optimizer")
         source = _source("fit", module, datamodule, train=train_dataloaders, val=val_dataloaders)
         self.max_epochs = config.bound_epochs(self.max_epochs, self.max_steps, self._max_time is not None)
         self.should_stop = False
-        path = self._choose_checkpoint("fit", ckpt_path, True)
-        self._on_every_rank(run_fit)(self, module, source, path)
+        return module, source
 
     def validate(
         self,
@@ -339,7 +342,7 @@ class Trainer(Run):
 
         Returns:
             What `predict_step` returned for each batch, in the loader's order, whole on every rank; a list of such
-            lists with several loaders; None with `return_predictions=False`.
+            lists with several loaders; None with `return_predictions=False`, or without a batch.
         """
         module, path, source = self._prepared(TrainerFn.PREDICTING, model, dataloaders, ckpt_path, datamodule)
         keep = True if return_predictions is None else return_predictions
@@ -352,6 +355,32 @@ class Trainer(Run):
         _require(module, f"{STAGES[fn].hook_prefix}_step", "(self, batch, batch_idx)")
         metrics: list[dict[str, float]] = self._on_every_rank(run_evaluation)(self, fn, module, source, path, verbose)
         return metrics
+
+    def search(
+        self,
+        method: str,
+        search: Callable[[Trainer, LightningModule], Any],
+        model: LightningModule,
+        dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+    ) -> Any:
+        """Set up what `method` needs, and call `search(trainer, module)` on every rank in its place: for the Tuner.
+
+        Args:
+            method: "fit", "validate", "test" or "predict".
+            search: What to call; what it returns on rank zero is returned.
+            model: The module.
+            dataloaders: What the method is given to train on, or to evaluate.
+            val_dataloaders: What fit is given to validate on.
+            datamodule: Where loaders come from instead.
+        """
+        fn = TrainerFn(method)
+        if fn is TrainerFn.FITTING:
+            module, source = self._prepared_fit(model, dataloaders, val_dataloaders, datamodule)
+        else:
+            module, _, source = self._prepared(fn, model, dataloaders, None, datamodule)
+        return self._on_every_rank(run_search)(self, fn, module, source, search)
 
     def _prepared(
         self, fn: TrainerFn, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any
@@ -429,10 +458,11 @@ class Trainer(Run):
             raise AttributeError(
                 "there is nothing to save yet: the Trainer has no module; call fit, validate or test first"
             )
-        content = checkpoint.dump(self, bool(weights_only))
-        if self.is_global_zero:
-            storage.write(content, filepath)
-        self.strategy.barrier("save_checkpoint")
+        with self.profiler.profile("save_checkpoint"):
+            content = checkpoint.dump(self, bool(weights_only))
+            if self.is_global_zero:
+                storage.write(content, filepath)
+            self.strategy.barrier("save_checkpoint")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank zero only."""
@@ -470,6 +500,7 @@ def _unwrapped(model: Any, fn: str) -> LightningModule:
             f"Trainer.{fn}() was given {type(model).__name__} as model; give a LightningModule (wrap an "
             "nn.Module in one: see 'From PyTorch to lightlite' in the README)"
         )
+    formerly.check_hooks(module, fn)
     return module
 
 

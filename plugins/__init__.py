@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightlite.errors import missing_attribute
 from lightlite.interfaces import Precision
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["DoublePrecision", "FullPrecision", "HalfPrecision", "MixedPrecision"
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("lightlite.plugins.precision"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise missing_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
 
@@ -151,6 +152,11 @@ class CUDAAccelerator(Accelerator):
             "process_out_of_memory_errors": stats.get("num_ooms", 0),
         }
         return {**{name: float(value) for name, value in figures.items()}, **_whole_device(device)}
+
+    def external_profiler(self) -> AbstractContextManager[Any] | None:
+        """Between cudaProfilerStart and cudaProfilerStop, as `nsys profile -c cudaProfilerApi` waits for them."""
+        profiler: AbstractContextManager[Any] = torch.cuda.profiler.profile()
+        return profiler
 
     def threads_per_rank(self, local_world_size: int) -> int | None:
         """The cores this process may use, divided by the machine's ranks, at least 1; None for a single rank."""

@@ -72,6 +72,7 @@ class DDPStrategy(Strategy):
         self.timeout = timeout or distributed.DEFAULT_TIMEOUT
         self.comm_hook, self.comm_state, self.comm_wrapper = ddp_comm_hook, ddp_comm_state, ddp_comm_wrapper
         self._ddp: DistributedDataParallel | None = None
+        self._trained: list[bool] = []
         self._formed_group = False
 
     def connect(self, accelerator: Accelerator, device: torch.device, ranks: Ranks) -> None:
@@ -105,26 +106,42 @@ class DDPStrategy(Strategy):
         if self.world_size == 1:
             return step
         _check_same_modules(module)
-        automatic = getattr(module, "automatic_optimization", True)
-        if training and automatic and any(parameter.requires_grad for parameter in module.parameters()):
-            self._ddp = self._wrap(module)
-            return self._training_step
-        _broadcast(tensor for _, tensor in _parameters_and_buffers(module))
+        if training and getattr(module, "automatic_optimization", True):
+            self._wrap_anew()
+            step = self._training_step
+        if self._ddp is None:
+            _broadcast(tensor for _, tensor in _parameters_and_buffers(module))
         return step
 
-    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step through the wrapper; an error about unused parameters names them."""
-        assert self._ddp is not None
-        try:
-            return self._ddp(*args, **kwargs)
-        except RuntimeError as error:
-            if _UNFINISHED in str(error):
-                _raise_with_names(error, self.module)
-            raise
+    def _wrap_anew(self) -> None:
+        self._trained = _trained(self.module)
+        self._ddp = self._wrap(self.module) if any(self._trained) else None
+
+    def _training_step(self, *args: Any) -> Any:
+        return cast(Any, self.module).training_step(*args) if self._ddp is None else self._ddp("training_step", *args)
+
+    def before_training_epoch(self) -> None:
+        """Wrap the module anew where parameters were frozen or unfrozen, of which the wrapper does not take note."""
+        if self._trained and _trained(self.module) != self._trained:
+            self._wrap_anew()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Make the ranks' copies equal to rank 0's, and wrap the module unless nothing in it is trained.
+
+        Raises:
+            MisconfigurationException: On every rank, where the ranks' modules differ in a name, shape or dtype.
+        """
+        if self.world_size == 1:
+            return module
+        _check_same_modules(module)
+        if any(_trained(module)):
+            return self._wrap(module)
+        _broadcast(tensor for _, tensor in _parameters_and_buffers(module))
+        return module
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
         # Without device_ids, which would only make it walk through every batch and copy what is elsewhere.
-        ddp = DistributedDataParallel(_TrainingStep(module), **self.options)
+        ddp = _Wrapper(_Methods(module), **self.options)
         if self.comm_hook is not None:
             hook = self.comm_hook if self.comm_wrapper is None else self.comm_wrapper(self.comm_hook)
             ddp.register_comm_hook(self.comm_state, hook)
@@ -132,7 +149,7 @@ class DDPStrategy(Strategy):
 
     def teardown(self) -> None:
         """Drop the wrapper; the module is the bare one that was handed in."""
-        self._ddp = None
+        self._ddp, self._trained = None, []
         super().teardown()
 
     def no_sync(self) -> AbstractContextManager[Any]:
@@ -162,23 +179,42 @@ class DDPStrategy(Strategy):
             # Divided first: the sum of many half-precision gradients could overflow.
             _unflatten(distributed.all_reduce(_flatten(bucket).div_(self.world_size), "sum"), bucket)
 
-    def before_evaluation(self) -> None:
+    def before_evaluation(self, module: nn.Module | None = None) -> None:
         """Give every rank rank 0's buffers, such as running means; parameters are equal already."""
         if self.world_size > 1:
-            names = {name for name, _ in self.module.named_buffers()}
-            _broadcast(tensor for name, tensor in _parameters_and_buffers(self.module) if name in names)
+            module = self.module if module is None else module
+            names = {name for name, _ in module.named_buffers()}
+            _broadcast(tensor for name, tensor in _parameters_and_buffers(module) if name in names)
 
 
-class _TrainingStep(nn.Module):
-    """What DistributedDataParallel wraps: its `forward` is the user's `training_step`."""
+def _trained(module: nn.Module) -> list[bool]:
+    """Of each parameter, whether it is trained."""
+    return [parameter.requires_grad for parameter in module.parameters()]
+
+
+class _Wrapper(DistributedDataParallel):
+    """DistributedDataParallel, but that an error about unused parameters names them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if _UNFINISHED in str(error):
+                _raise_with_names(error, self.module.module)
+            raise
+
+
+class _Methods(nn.Module):
+    """What DistributedDataParallel wraps: its `forward` runs any method of the user's module, by name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         setattr(self, _IGNORED, [f"module.{name}" for name in getattr(module, _IGNORED, ())])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return cast(Any, self.module).training_step(*args, **kwargs)
+    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        run = self.module if method == "forward" else getattr(self.module, method)
+        return run(*args, **kwargs)
 
 
 def _raise_with_names(error: RuntimeError, module: nn.Module) -> NoReturn:

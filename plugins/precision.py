@@ -72,6 +72,14 @@ class TruePrecision(Precision):
         """A context in which new tensors have the format."""
         return partial(_default_dtype, self.dtype)
 
+    def output_converter(self) -> Callable[[Any], Any] | None:
+        """Brings floating-point tensors of any nest to torch's default format."""
+        return _to_default_dtype
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """A context in which new tensors have the format."""
+        return _default_dtype(self.dtype)
+
 
 class DoublePrecision(TruePrecision):
     """float64 throughout: `TruePrecision("64-true")`."""
@@ -124,12 +132,24 @@ class MixedPrecision(Precision):
         """
         return partial(torch.autocast, self.device, dtype=self.dtype, cache_enabled=False)
 
+    def output_converter(self) -> Callable[[Any], Any] | None:
+        """Brings floating-point tensors of any nest to torch's default format."""
+        return _to_default_dtype
+
 
 def _look_up(dtypes: dict[str, torch.dtype], precision: str) -> torch.dtype:
     if precision not in dtypes:
         allowed = ", ".join(map(repr, dtypes))
         raise MisconfigurationException(f"precision={precision!r} is not one of {allowed}")
     return dtypes[precision]
+
+
+def _to_default_dtype(nest: Any) -> Any:
+    return _as_default(nest) if isinstance(nest, Tensor) else apply_to_tensors(nest, _as_default)
+
+
+def _as_default(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 @contextmanager

@@ -151,6 +151,7 @@ ALLOWED = {
         "lightlite.distributed",
         "lightlite.errors",
         "lightlite.nest",
+        "lightlite.registry",
         "lightlite.utilities.rank_zero",
     ),
     "lightlite.launch": (
@@ -220,21 +221,30 @@ PUBLIC = {
         Accelerator AcceleratorRegistry CPUAccelerator CUDAAccelerator MPSAccelerator find_usable_cuda_devices
     """,
     "lightlite.callbacks": """
-        BasePredictionWriter Callback Checkpoint EarlyStopping LambdaCallback LearningRateMonitor ModelCheckpoint
-        ModelSummary ProgressBar TQDMProgressBar Timer
+        BasePredictionWriter BatchSizeFinder Callback Checkpoint DeviceStatsMonitor EarlyStopping LambdaCallback
+        LearningRateFinder LearningRateMonitor ModelCheckpoint ModelSummary ProgressBar RichModelSummary
+        RichProgressBar TQDMProgressBar ThroughputMonitor Timer
+    """,
+    "lightlite.compat": """
+        LIGHTNING_VERSION install
     """,
     "lightlite.loggers": """
-        CSVLogger DummyLogger Logger TensorBoardLogger
+        CSVLogger DummyLogger Logger MLFlowLogger TensorBoardLogger WandbLogger
     """,
     "lightlite.plugins": """
         DoublePrecision FullPrecision HalfPrecision MixedPrecision Precision TruePrecision
+    """,
+    "lightlite.profilers": """
+        AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler
     """,
     "lightlite.strategies": """
         DDPStrategy SingleDeviceStrategy Strategy StrategyRegistry
     """,
     "lightlite.utilities": """
-        MisconfigurationException isolate_rng rank_zero_debug rank_zero_deprecation rank_zero_info rank_zero_only
-        rank_zero_warn seed_everything
+        AttributeDict CombinedLoader GradClipAlgorithmType LightningEnum MisconfigurationException Throughput
+        ThroughputMonitor disable_possible_user_warnings find_shared_parameters grad_norm is_picklable
+        is_shared_filesystem isolate_rng measure_flops move_data_to_device rank_zero_debug rank_zero_deprecation
+        rank_zero_info rank_zero_only rank_zero_warn seed_everything set_shared_parameters suggested_max_num_workers
     """,
 }
 
@@ -294,6 +304,9 @@ HEAVY = (
     "tqdm",
     "yaml",
     "tensorboard",
+    "mlflow",
+    "wandb",
+    "rich",
     "sklearn",
     "torch._dynamo",
     "torch.distributed.elastic",

@@ -59,6 +59,9 @@ class Callback:
         """What a checkpoint has to keep of this callback: plain data and tensors."""
         return {}
 
+    def _change_saved_weights(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of weights only is about to be written: change those that the module is to have."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
 

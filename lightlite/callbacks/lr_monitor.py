@@ -83,7 +83,8 @@ class LearningRateMonitor(Callback):
         if self.logging_interval == "epoch":
             return
         step = trainer.progress.batches_that_stepped
-        if (step + 1) % trainer.log_every_n_steps == 0 or trainer.should_stop:
+        every = trainer.log_every_n_steps
+        if every and ((step + 1) % every == 0 or trainer.should_stop):
             self._log(trainer, "step", step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -387,11 +387,14 @@ class ModelCheckpoint(Checkpoint):
         """Find the best and the worst of those kept."""
         if not self.best_k_models:
             return
-        ascending = sorted(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
-        best, worst = (ascending[0], ascending[-1]) if self.mode == "min" else (ascending[-1], ascending[0])
+        highest, lowest = (pick(self.best_k_models, key=self._score_of) for pick in (max, min))
+        best, worst = (lowest, highest) if self.mode == "min" else (highest, lowest)
         self.best_model_path, self.best_model_score = best, self.best_k_models[best]
         if len(self.best_k_models) == self.save_top_k or self.save_top_k == -1:
             self.kth_best_model_path, self.kth_value = worst, self.best_k_models[worst]
+
+    def _score_of(self, path: str) -> float:
+        return float(self.best_k_models[path])
 
     def _save_last_checkpoint(self, trainer: Trainer, candidates: dict[str, Tensor]) -> list[str]:
         """Save or link the newest state, and return the file that was the newest before, if it had another name."""

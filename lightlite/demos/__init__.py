@@ -1,1 +1,7 @@
-"""Small modules and data for bug reports, with Lightning's names."""
+"""Small modules and data for bug reports and examples."""
+
+from __future__ import annotations
+
+from lightlite.demos.boring_classes import BoringDataModule, BoringModel, DemoModel
+
+__all__ = ["BoringDataModule", "BoringModel", "DemoModel"]

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -23,7 +24,15 @@ PathLike = files.PathLike
 
 
 class Logger(ABC):
-    """Takes the values that a run logs. Every method is called on rank zero only, `share` excepted."""
+    """Takes the values that a run logs.
+
+    A subclass makes `experiment` with `@property` and `@rank_zero_experiment`, and marks what records with
+    `@rank_zero_only`.
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+    """Stands between a prefix and a value's name."""
+    _prefix = ""
 
     @property
     @abstractmethod
@@ -93,6 +102,11 @@ class Logger(ABC):
             broadcast: Returns rank zero's argument on every rank.
         """
 
+    def _prefixed(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self._prefix:
+            return metrics
+        return {f"{self._prefix}{self.LOGGER_JOIN_CHAR}{key}": value for key, value in metrics.items()}
+
 
 class VersionedLogger(Logger):
     """A logger that writes to `save_dir/name/version_N`.
@@ -150,9 +164,6 @@ class VersionedLogger(Logger):
                 return version
             except FileExistsError:
                 version += 1
-
-    def _prefixed(self, metrics: Mapping[str, Any], joiner: str = "-") -> Mapping[str, Any]:
-        return {f"{self._prefix}{joiner}{key}": value for key, value in metrics.items()} if self._prefix else metrics
 
 
 class DummyExperiment:
@@ -267,3 +278,16 @@ def write_hparams(path: str, params: Mapping[str, Any]) -> None:
     import yaml
 
     files.write_text(path, yaml.safe_dump(plain(params), default_flow_style=False))
+
+
+def require(package: str, logger: str, to_install: str) -> None:
+    """See that a logger's library is installed, without importing it.
+
+    Raises:
+        ModuleNotFoundError: Saying what to type.
+    """
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{logger} needs the package {package}, which is not installed: `pip install {to_install}`, "
+            "or use lightlite.loggers.CSVLogger, which needs nothing"
+        )

@@ -18,6 +18,7 @@ from lightlite.loggers.logger import (
     flat,
     plain,
     rank_zero_experiment,
+    require,
     write_hparams,
 )
 from lightlite.utilities import files
@@ -58,7 +59,7 @@ class TensorBoardLogger(VersionedLogger):
         sub_dir: PathLike | None = None,
         **kwargs: Any,
     ) -> None:
-        _require_tensorboard()
+        require("tensorboard", "TensorBoardLogger", "tensorboard")
         super().__init__(save_dir, name, version, prefix)
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph = log_graph
@@ -192,13 +193,3 @@ class TensorBoardLogger(VersionedLogger):
 def _showable(value: Any) -> bool | int | float | str:
     value = plain(value)
     return value if isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _require_tensorboard() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("tensorboard") is None:
-        raise ModuleNotFoundError(
-            "TensorBoardLogger needs the package tensorboard, which is not installed: `pip install tensorboard`, "
-            "or use lightlite.loggers.CSVLogger, which needs nothing"
-        )

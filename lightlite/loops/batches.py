@@ -27,8 +27,9 @@ def batch_preparer(trainer: Trainer, module: LightningModule) -> Callable[[Any, 
     device = trainer.strategy.root_device
     convert = trainer.precision_plugin.input_converter()
     move = trainer.strategy.accelerator.batch_mover(device)
+    action = f"[Strategy]{type(trainer.strategy).__name__}.batch_to_device"
     if transfer is None and move is None and before is None and after is None:
-        return None if convert is None else lambda batch, dataloader_idx: convert(batch)
+        return None if convert is None else trainer.profiler.wrap(action, lambda batch, _: convert(batch))
 
     def prepare(batch: Any, dataloader_idx: int) -> Any:
         if convert is not None:
@@ -41,4 +42,4 @@ def batch_preparer(trainer: Trainer, module: LightningModule) -> Callable[[Any, 
             batch = move(batch)
         return batch if after is None else after(batch, dataloader_idx)
 
-    return prepare
+    return trainer.profiler.wrap(action, prepare)

@@ -20,6 +20,11 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
         raise MisconfigurationException(
             f"{step.__qualname__}(dataloader_iter) is not supported; take (batch, batch_idx) instead"
         )
+    if "optimizer_idx" in names:
+        raise MisconfigurationException(
+            f"{step.__qualname__} takes optimizer_idx, which Lightning 1.x handed it; take (batch, batch_idx), set "
+            "self.automatic_optimization = False in __init__, and step each of self.optimizers() in training_step"
+        )
     if not names and not flexible:
         raise MisconfigurationException(
             f"{step.__qualname__} takes no batch; define it as {step.__name__}(self, batch, batch_idx)"

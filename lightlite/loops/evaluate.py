@@ -13,7 +13,7 @@ from torch import nn
 
 from lightlite import distributed
 from lightlite.callbacks.prediction_writer import BasePredictionWriter
-from lightlite.data import RankLoader, limit_of
+from lightlite.data import RankLoader, RankLoaders, limit_of, rank_loader
 from lightlite.distributed import Ranks
 from lightlite.entries import numbers
 from lightlite.errors import MisconfigurationException
@@ -23,19 +23,13 @@ from lightlite.loops.calls import positional, takes_batch_idx
 from lightlite.loops.session import session
 from lightlite.module import LightningModule
 from lightlite.nest import move_to
-from lightlite.progress import RunningStage, TrainerFn
+from lightlite.progress import STAGES, RunningStage, TrainerFn
 from lightlite.registry import CollectorRegistry
 from lightlite.results import Results
 
 if TYPE_CHECKING:
     from lightlite.loops.session import DataSource
     from lightlite.trainer import Trainer
-
-STAGES = {
-    TrainerFn.VALIDATING: RunningStage.VALIDATING,
-    TrainerFn.TESTING: RunningStage.TESTING,
-    TrainerFn.PREDICTING: RunningStage.PREDICTING,
-}
 
 
 def run_evaluation(
@@ -73,12 +67,19 @@ class _BatchLoop:
         self.word = stage.hook_prefix
         step = getattr(module, f"{self.word}_step")
         names, flexible = positional(step)
-        self._step, self._takes_idx = step, takes_batch_idx(step)
+        self._step = trainer.profiler.wrap(f"[Strategy]{type(trainer.strategy).__name__}.{self.word}_step", step)
+        self._takes_idx = takes_batch_idx(step)
         self._takes_loader = flexible or len(names) > 2
         self._prepare = batch_preparer(trainer, module)
         self._context = trainer.precision_plugin.forward_context() or nullcontext
+        self.load()
+
+    def load(self) -> None:
+        """Ask for the loaders."""
+        trainer, stage = self.trainer, self.stage
+        trainer.evaluation_loop = self
         deal = trainer.use_distributed_sampler
-        self.loaders = [RankLoader(loader, training=False, deal=deal) for loader in trainer.load(stage)]
+        self.loaders = [rank_loader(loader, training=False, deal=deal) for loader in trainer.load(stage)]
         trainer.open_loaders += self.loaders
         limit = getattr(trainer, f"limit_{stage.dataloader_prefix}_batches")
         name = f"limit_{stage.dataloader_prefix}_batches"
@@ -92,10 +93,18 @@ class _BatchLoop:
                 f"one a batch is from; define {self.word}_step(self, batch, batch_idx, dataloader_idx=0)"
             )
 
-    def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
+    def _batches(self, loader: RankLoader | RankLoaders, limit: int | None) -> Iterator[tuple[int, Any]]:
         """This rank's batches of one loader, with their indices among all."""
-        mine = loader.start(limit=None if limit == loader.length else limit)
+        mine = self.trainer.profiler.profile_iterable(
+            loader.start(limit=None if limit == loader.length else limit),
+            f"[{type(self).__name__}].{self.stage.dataloader_prefix}_next",
+        )
         return zip(itertools.count(loader.first, loader.stride), mine, strict=False)
+
+    def _has_nothing_to_do(self) -> bool:
+        """Whether there is no batch at all, so that, as in Lightning, not even hooks are called."""
+        self.trainer.note_batches(self.stage, self.num_batches)
+        return not any(count is None or count for count in self.num_batches)
 
     def _hooks(self, when: str) -> None:
         self.trainer.hooks.call(f"on_{self.word}_{when}")
@@ -123,6 +132,15 @@ class _BatchLoop:
         for part, mode in modes:
             part.training = mode
 
+    def _begin_pass(self) -> None:
+        """Begin the first loader's pass: before the hooks, as in Lightning, which may draw random numbers as well."""
+        self._first = self._batches(self.loaders[0], self.num_batches[0]) if self.loaders else iter(())
+
+    def reload(self) -> None:
+        """Ask for the loaders anew, from a hook before the first batch: for who has changed their batch size."""
+        self.load()
+        self._begin_pass()
+
     def _run_batches(self, results: Results, sink: Callable[[int, int, Any], None]) -> None:
         """Run the step on every batch of this rank; `sink` gets (batch index, loader index, output)."""
         several = len(self.loaders) > 1
@@ -134,11 +152,11 @@ class _BatchLoop:
         for loader_idx, loader in enumerate(self.loaders):
             recorder.dataloader_idx = loader_idx if several else None
             more = (loader_idx,) if several else ()
-            for batch_idx, batch in self._batches(loader, self.num_batches[loader_idx]):
+            batches = self._batches(loader, self.num_batches[loader_idx]) if loader_idx else self._first
+            for batch_idx, batch in batches:
                 if prepare is not None:
                     batch = prepare(batch, loader_idx)
                 recorder.batch = batch
-                results.in_batch = True
                 results.batches[loader_idx] += 1
                 for hook in starts:
                     hook(batch, batch_idx, *more)
@@ -176,18 +194,20 @@ class EvaluationLoop(_BatchLoop):
             limit: At most so many batches of each loader: for the sanity check.
 
         Returns:
-            For each loader, the values logged on_epoch, by key; the same on every rank.
+            For each loader, the values logged on_epoch, by key; the same on every rank. Empty without a batch.
         """
+        if self._has_nothing_to_do():
+            return []
         trainer, recorder = self.trainer, self.trainer.recorder
         former, former_stage = recorder.active, trainer.state.stage
         trainer.state.stage = self.stage
         whole = self.num_batches
         if limit is not None:
             self.num_batches = [limit if count is None else min(limit, count) for count in whole]
-        trainer.note_batches(self.stage, self.num_batches)
         results = recorder.active = Results(training=False)
         self._steps = []
         try:
+            self._begin_pass()
             with self._evaluating():
                 self._hooks("start")
                 self._hooks("epoch_start")
@@ -211,6 +231,9 @@ class EvaluationLoop(_BatchLoop):
         if self.stage is not RunningStage.SANITY_CHECKING:
             self._log_steps()
             trainer.log_metrics(logged)
+            if trainer.state.fn is TrainerFn.FITTING:
+                # Before the hooks: what is saved in one of them was validated, and is not to be again when resumed.
+                trainer.progress.validated = True
         self._hooks("end")
         return per_loader
 
@@ -246,14 +269,19 @@ class PredictionLoop(_BatchLoop):
         super().__init__(trainer, module, RunningStage.PREDICTING)
         self._check_signature()
         self._keep = keep
-        writers = [callback for callback in trainer.callbacks if isinstance(callback, BasePredictionWriter)]
-        self._keeps_own = any(writer.interval != "batch" for writer in writers)
+        self._keeps_own = any(writer.interval != "batch" for writer in self._writers)
         # Kept outputs must not fill the device, and are the same on any number of ranks.
         self._fetches = trainer.strategy.accelerator.batch_mover(trainer.strategy.root_device) is not None
-        self._drawn = [loader.track() if writers else None for loader in self.loaders]
         self.current_batch_indices: list[int] | None = None
         self._indices: list[list[Any]] = [[] for _ in self.loaders]
         self._outputs: list[list[Any]] = [[] for _ in self.loaders]
+
+    def load(self) -> None:
+        """Ask for the loaders."""
+        super().load()
+        callbacks = self.trainer.callbacks
+        self._writers = [callback for callback in callbacks if isinstance(callback, BasePredictionWriter)]
+        self._drawn = [loader.track() if self._writers else None for loader in self.loaders]
 
     @property
     def predictions(self) -> list[Any]:
@@ -265,7 +293,7 @@ class PredictionLoop(_BatchLoop):
         """Which samples of the dataset each of this rank's batches holds, by loader and batch, as in Lightning."""
         return self._indices
 
-    def _batches(self, loader: RankLoader, limit: int | None) -> Iterator[tuple[int, Any]]:
+    def _batches(self, loader: RankLoader | RankLoaders, limit: int | None) -> Iterator[tuple[int, Any]]:
         batches = super()._batches(loader, limit)
         drawn = self._drawn[self.loaders.index(loader)]
         self.current_batch_indices = None
@@ -283,17 +311,19 @@ class PredictionLoop(_BatchLoop):
 
         Returns:
             What `predict_step` returned for each batch, in the loader's order; a list of such lists where there are
-            several loaders; the same on every rank. None with `return_predictions=False`.
+            several loaders; the same on every rank. None with `return_predictions=False`, or without a batch.
         """
+        if self._has_nothing_to_do():
+            return None
         trainer = self.trainer
         trainer.state.stage = self.stage
-        trainer.note_batches(self.stage, self.num_batches)
         trainer.predict_loop = self
         results = Results(training=False)
         with ExitStack() as stack:
             collectors = [
                 stack.enter_context(_collector(trainer.strategy.ranks)) for _ in (self.loaders if self._keep else ())
             ]
+            self._begin_pass()
             with self._evaluating():
                 self._hooks("start")
                 self._hooks("epoch_start")

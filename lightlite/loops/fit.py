@@ -10,6 +10,7 @@ fit start
       batch end                     checkpoints by step
       log values, validate if due
     epoch end                       checkpoints by epoch
+  if a callback asked for it: one more epoch that trains nothing, as for batch-norm statistics
   train end
 fit end
 """
@@ -19,15 +20,17 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightlite import distributed
-from lightlite.data import NestLoader, RankLoader, limit_of
+from lightlite.data import RankLoader, RankLoaders, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
+from lightlite.hooks import is_overridden
 from lightlite.loops.batches import batch_preparer
 from lightlite.loops.evaluate import EvaluationLoop
 from lightlite.loops.session import session
@@ -45,24 +48,40 @@ if TYPE_CHECKING:
 NO_BATCH = object()
 
 
-def run_fit(ranks: Ranks, trainer: Trainer, module: LightningModule, source: DataSource, ckpt_path: str | None) -> None:
-    """Fit on one rank. See `Trainer.fit`."""
-    with session(trainer, ranks, TrainerFn.FITTING, module, source, ckpt_path):
+def run_fit(
+    ranks: Ranks,
+    trainer: Trainer,
+    module: LightningModule,
+    source: DataSource,
+    ckpt_path: str | None,
+    within: Callable[..., AbstractContextManager[None]] = session,
+) -> None:
+    """Fit on one rank. See `Trainer.fit`.
+
+    Args:
+        ranks: This process's place.
+        trainer: The trainer.
+        module: The user's module.
+        source: Where loaders come from.
+        ckpt_path: A checkpoint to restore from, or None.
+        within: What surrounds the loop; something else where a session stands already.
+    """
+    with within(trainer, ranks, TrainerFn.FITTING, module, source, ckpt_path):
         fit = trainer.fit_loop = FitLoop(trainer, module)
         fit.check_sanity()
         if not fit.begin():
             return
-        recorder, progress, step = trainer.recorder, trainer.progress, fit.step
+        recorder, progress = trainer.recorder, trainer.progress
         prepare, schedulers = fit.prepare, fit.schedulers
         while not fit.done():
-            batch_starts, batch_ends = fit.begin_epoch()
+            step, batch_starts, batch_ends = fit.begin_epoch()
             for batch, batch_idx in fit.batches():
+                progress.last_batch = last = batch_idx + 1 == fit.length
                 if prepare is not None:
                     batch = prepare(batch, 0)
                 recorder.batch = batch
                 if batch_starts and fit.stopped_by(batch_starts, batch, batch_idx):
                     break
-                progress.last_batch = last = batch_idx + 1 == fit.length
                 output = step(batch, batch_idx, last)
                 progress.batches_in_epoch = batch_idx + 1
                 progress.batches_total += 1
@@ -106,8 +125,9 @@ class FitLoop:
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
         self._known_length: float = math.inf
-        self._loader: RankLoader | NestLoader | None = None
+        self._loader: RankLoader | RankLoaders | None = None
         self._loaded_in_epoch = 0
+        self._begun: Iterator[Any] | None = None
         self._validation: EvaluationLoop | None = None
         self._validation_loaded_in_epoch = 0
         self._validates = bool(trainer.limit_val_batches) and trainer.has_validation(module)
@@ -135,7 +155,7 @@ class FitLoop:
             trainer.state.stage = RunningStage.SANITY_CHECKING
             trainer.hooks.call("on_sanity_check_start")
             loop = self._validation_loop(RunningStage.SANITY_CHECKING)
-            loop.run(limit=None if steps == -1 else steps)
+            loop.run(limit=None if steps == math.inf else int(steps))
             trainer.hooks.call("on_sanity_check_end")
             self.recorder.forget()
 
@@ -145,6 +165,8 @@ class FitLoop:
         trainer.state.stage = RunningStage.TRAINING
         self.recorder.active = self.results
         torch.set_grad_enabled(True)
+        if self.progress.epoch_done:
+            self._leave_epoch({})  # what a checkpoint taken in on_train_epoch_end left to do
         if trainer.limit_train_batches == 0:
             rank_zero_info("Trainer.fit stopped: limit_train_batches=0 leaves no batches")
             return False
@@ -153,12 +175,16 @@ class FitLoop:
         if self.length == 0:
             rank_zero_warn("Trainer.fit stopped: the training loader has no batches")
             return False
-        if self._validates and self._validation is None and self._epoch_validates():
-            self._validation_loop(RunningStage.VALIDATING)
         if self.done():
             return False
-        trainer.hooks.call("on_train_start")
+        if self._validates and self._validation is None and self._epoch_validates():
+            self._validation_loop(RunningStage.VALIDATING)
         resumed = trainer.resumed_random_states
+        if resumed is None:
+            # Before the hooks, as in Lightning: random numbers that they draw come after those of the data's order.
+            self._loader.set_epoch(self.progress.epoch)
+            self._begun = self._start(self._loader, self.progress.batches_in_epoch if self.progress.epoch_open else 0)
+        trainer.hooks.call("on_train_start")
         if resumed is not None:
             restore_rng(resumed["now"])
             self._loader.load_state_dict(resumed["loader_now"])
@@ -208,17 +234,39 @@ class FitLoop:
         trainer.val_check_batch = None if trainer.val_check_time is not None else self._val_every
 
     def done(self) -> bool:
-        """Whether nothing is left to train."""
-        trainer, progress = self.trainer, self.progress
-        if progress.epoch_open:
+        """Whether nothing is left to do.
+
+        However training ended, one more epoch follows it where a callback has set `trainer.closing_epoch`: it runs
+        `training_step` and all hooks but trains nothing, for statistics that a forward pass gathers.
+        """
+        if self.progress.epoch_open:
             return False
+        reason = self._why_trained_enough()
+        if reason is None or (self.trainer.closing_epoch and not self.progress.closing):
+            return False
+        if reason:
+            rank_zero_info(f"Trainer.fit stopped: {reason}")
+        return True
+
+    def _why_trained_enough(self) -> str | None:
+        """The limit that was reached; empty where somebody asked to stop; None where there is more to train."""
+        trainer, progress = self.trainer, self.progress
         if progress.optimizer_steps >= self._max_steps:
-            rank_zero_info(f"Trainer.fit stopped: max_steps={trainer.max_steps} reached")
-            return True
+            return f"max_steps={trainer.max_steps} reached"
         if trainer.max_epochs not in (None, -1) and progress.epoch >= trainer.max_epochs:
-            rank_zero_info(f"Trainer.fit stopped: max_epochs={trainer.max_epochs} reached")
-            return True
-        return self._stops()
+            return f"max_epochs={trainer.max_epochs} reached"
+        return "" if self._stops() else None
+
+    def stop(self) -> None:
+        """End after this batch. Every rank has to call it, and in the same batch."""
+        self.trainer.should_stop = self._agreed_to_stop = True
+
+    def reload(self) -> None:
+        """Ask for the loaders anew, before the epoch's first batch: for who has changed their batch size."""
+        self._load()
+        assert self._loader is not None
+        self._loader.set_epoch(self.progress.epoch)
+        self._begun = self._validation = None
 
     def _agree_to_stop(self) -> None:
         """Make one rank's `trainer.should_stop` every rank's: at log points, after validations and epochs."""
@@ -235,21 +283,24 @@ class FitLoop:
         enough_epochs = not trainer.min_epochs or epochs_done >= trainer.min_epochs
         return enough_epochs and (not trainer.min_steps or progress.optimizer_steps >= trainer.min_steps)
 
-    def begin_epoch(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def begin_epoch(self) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
         """Open the epoch, or go on with the one that a checkpoint was taken in.
 
         Returns:
-            The hooks before and after each batch.
+            What to do with each batch, and the hooks before and after it.
         """
         trainer, progress = self.trainer, self.progress
         every = trainer.reload_dataloaders_every_n_epochs
         if self._loader is None or (every and progress.epoch - self._loaded_in_epoch >= every):
             self._load()
         assert self._loader is not None
-        self._loader.set_epoch(progress.epoch)
+        if self._begun is None:
+            self._loader.set_epoch(progress.epoch)
         if not progress.epoch_open:
-            progress.begin_epoch()
+            progress.begin_epoch(closing=self._why_trained_enough() is not None)
             trainer.hooks.call("on_train_epoch_start")
+        trainer.profiler.start("run_training_epoch")
+        trainer.strategy.before_training_epoch()
         self.step.begin_epoch()
         self.step.load_state_dict(trainer.resumed_window)
         trainer.resumed_window = {}
@@ -257,10 +308,12 @@ class FitLoop:
         self._may_be_quiet = (
             self.module.automatic_optimization
             and trainer.accumulate_grad_batches == 1
+            and not progress.closing
             and not any(config.reduce_on_plateau for config in self.schedulers)
             and not (self._validates and (trainer.val_check_time is not None or self._val_every == math.inf))
         )
-        return trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
+        step = trainer.profiler.wrap("run_training_batch", self.step.observe if progress.closing else self.step)
+        return step, trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """This rank's batches of the epoch with their indices, from where a checkpoint left off.
@@ -270,12 +323,13 @@ class FitLoop:
         """
         progress, loader = self.progress, self._loader
         assert loader is not None
+        begun, self._begun = self._begun, None
         if progress.epoch_done or (progress.pending and self._finish_pending()):
             return iter(())
         skip = progress.batches_in_epoch
         if skip and skip >= self.length:
             return iter(())
-        batches = self._start(loader, skip)
+        batches = self._start(loader, skip) if begun is None else begun
         self._enter_batches()
         if loader.length is None:
             return self._looking_ahead(batches, skip)
@@ -283,10 +337,9 @@ class FitLoop:
 
     def _enter_batches(self) -> None:
         """From now on what is logged, and not from within another hook, comes from training_step."""
-        self.results.in_batch = True
         self.recorder.hook = "training_step"
 
-    def _start(self, loader: RankLoader | NestLoader, skip: int) -> Iterator[Any]:
+    def _start(self, loader: RankLoader | RankLoaders, skip: int) -> Iterator[Any]:
         """Begin the pass from the random state in which this epoch's order was, or is now, drawn."""
         trainer = self.trainer
         resumed = trainer.resumed_random_states
@@ -296,12 +349,18 @@ class FitLoop:
         else:
             trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
         limited = loader.length is not None and self.length != loader.length
-        batches = loader.start(skip, int(self.length) if limited else None)
+        at = resumed.get("loader_now") if skip and resumed is not None else None
+        batches = trainer.profiler.profile_iterable(
+            loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
+        )
         if skip and resumed is not None:
             trainer.epoch_random_state = {key: resumed[key] for key in ("epoch", "loader")}
             restore_rng(resumed["now"])
             loader.load_state_dict(resumed["loader_now"])
         trainer.resumed_random_states = None
+        if loader.length is None:
+            first = next(batches, NO_BATCH)
+            return iter(()) if first is NO_BATCH else itertools.chain((first,), batches)
         return batches
 
     def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[Any, int]]:
@@ -327,10 +386,12 @@ class FitLoop:
         return distributed.world_size() > 1 and not self.trainer.use_distributed_sampler
 
     def stopped_by(self, hooks: tuple[Any, ...], batch: Any, batch_idx: int) -> bool:
-        """Call the hooks before a batch; whether one of them ends the epoch by returning -1."""
-        stopped = False
+        """Call the hooks before a batch; whether the module's, which is the last, ends the epoch by returning -1."""
+        answer = None
         for hook in hooks:
-            stopped |= hook(batch, batch_idx) == -1
+            answer = hook(batch, batch_idx)
+        stopped = answer == -1 and is_overridden("on_train_batch_start", self.module, LightningModule)
+        self.progress.last_batch |= stopped
         return stopped
 
     def end_epoch(self) -> None:
@@ -338,11 +399,16 @@ class FitLoop:
         trainer, progress, recorder = self.trainer, self.progress, self.recorder
         logged: dict[str, float] = {}
         recorder.hook = None
+        trainer.profiler.stop("run_training_epoch")
         if not progress.epoch_done:
             progress.epoch_done = True
             logged = recorder.reduce_epoch()
             self._epoch_end_hooks()
             logged |= recorder.reduce_epoch()
+        self._leave_epoch(logged)
+
+    def _leave_epoch(self, logged: dict[str, float]) -> None:
+        trainer, progress = self.trainer, self.progress
         self._agree_to_stop()
         self.step_plateau_schedulers("epoch")
         progress.batches_that_stepped -= 1
@@ -387,6 +453,8 @@ class FitLoop:
             progress.batches_that_stepped += 1
         progress.pending = progress.validated = False
         self.quiet_until = self._next_look(batch_idx) if self._may_be_quiet else 0
+        if progress.closing:
+            return False
         return (trainer.should_stop and self._stops()) or progress.optimizer_steps >= self._max_steps
 
     def _next_look(self, batch_idx: int) -> float:
@@ -413,7 +481,7 @@ class FitLoop:
         trainer, progress = self.trainer, self.progress
         if not self._epoch_validates():
             return False
-        if self._stops():
+        if self._stops() and not progress.closing:
             return True
         if trainer.val_check_time is not None:
             elapsed = time.monotonic() - self._last_validation >= trainer.val_check_time.total_seconds()
@@ -425,6 +493,7 @@ class FitLoop:
 
     def _validate(self) -> None:
         trainer = self.trainer
+        trainer.state.stage = RunningStage.VALIDATING
         if self.step.micro_batch == 0:
             for hook in trainer.hooks.of_module("on_validation_model_zero_grad") or (
                 self.module.on_validation_model_zero_grad,
@@ -434,14 +503,15 @@ class FitLoop:
         trainer.state.stage = RunningStage.TRAINING
         torch.set_grad_enabled(True)
         self._enter_batches()
-        self.progress.validated = True
         self._last_validation = time.monotonic()
 
     def _validation_loop(self, stage: RunningStage) -> EvaluationLoop:
         every = self.trainer.reload_dataloaders_every_n_epochs
         stale = every and self.progress.epoch - self._validation_loaded_in_epoch >= every
         if self._validation is None or stale:
+            former, self.trainer.state.stage = self.trainer.state.stage, stage
             self._validation = EvaluationLoop(self.trainer, self.module, stage)
+            self.trainer.state.stage = former
             self._validation_loaded_in_epoch = self.progress.epoch
             self.trainer.note_batches(RunningStage.VALIDATING, self._validation.num_batches)
         self._validation.stage = stage

@@ -22,7 +22,8 @@ from lightlite.errors import MisconfigurationException
 from lightlite.hooks import DataHooks, HookTable, is_overridden
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, configure
-from lightlite.progress import TrainerFn, TrainerStatus
+from lightlite.profilers import PassThroughProfiler
+from lightlite.progress import STAGES, TrainerFn, TrainerStatus
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
 
@@ -79,7 +80,13 @@ class DataSource:
 
 @contextmanager
 def session(
-    trainer: Trainer, ranks: Ranks, fn: TrainerFn, module: LightningModule, source: DataSource, ckpt_path: str | None
+    trainer: Trainer,
+    ranks: Ranks,
+    fn: TrainerFn,
+    module: LightningModule,
+    source: DataSource,
+    ckpt_path: str | None,
+    for_trial: bool = False,
 ) -> Iterator[None]:
     """The life of one call on one rank. The body runs the loop.
 
@@ -90,15 +97,16 @@ def session(
         module: The user's module.
         source: Where loaders come from.
         ckpt_path: A checkpoint to restore from, or None.
+        for_trial: Whether all that happens is set up and taken down: no fit begins or ends, so that no hook says so.
     """
-    trainer.state.fn, trainer.state.status, trainer.state.stage = fn, TrainerStatus.RUNNING, None
+    trainer.state.fn, trainer.state.status, trainer.state.stage = fn, TrainerStatus.RUNNING, STAGES[fn]
     trainer.begin(module, source)
     try:
         trainer.connect(ranks)
         with _own_random_state():
-            _set_up(trainer, module, source, fn, ckpt_path)
+            _set_up(trainer, module, source, fn, ckpt_path, for_trial)
             yield
-            _conclude(trainer, module, fn)
+            _conclude(trainer, module, fn, for_trial)
         trainer.state.status = TrainerStatus.FINISHED
     except BaseException as error:
         _on_exception(trainer, trainer.cause_of(error))
@@ -124,17 +132,24 @@ def _own_random_state() -> Iterator[None]:
 
 
 def _set_up(
-    trainer: Trainer, module: LightningModule, source: DataSource, fn: TrainerFn, ckpt_path: str | None
+    trainer: Trainer,
+    module: LightningModule,
+    source: DataSource,
+    fn: TrainerFn,
+    ckpt_path: str | None,
+    for_trial: bool,
 ) -> None:
     trainer.attach_module_callbacks(module)
+    _set_up_profiler(trainer, module, fn)
     hooks = trainer.hooks = HookTable(trainer, module, trainer.callbacks, Callback, LightningModule)
     datamodule = source.datamodule
     _prepare_data(trainer, module, datamodule)
     if datamodule is not None:
-        datamodule.setup(fn.value)
+        _recorded(trainer, datamodule, "setup")(fn)
     for call in (*hooks.of_callbacks("setup"), *hooks.of_module("setup")):
-        call(fn.value)
-    module.configure_model()
+        call(fn)
+    _recorded(trainer, module, "configure_model")()
+    trainer.recorder.forget()
     restorer = Restorer(trainer, module, datamodule, ckpt_path)
     restorer.restore_module()
     trainer.precision_plugin.convert_module(module)
@@ -145,8 +160,10 @@ def _set_up(
     if training:
         _set_up_optimizers(trainer, module)
         trainer.hooks = HookTable(trainer, module, trainer.callbacks, Callback, LightningModule)
+    if training and not for_trial:
         trainer.hooks.call("on_fit_start")
-    trainer.log_hyperparameters()
+    if not for_trial:
+        trainer.log_hyperparameters()
     if training:
         trainer.progress.abandon_epoch()
         trainer.resumed_window, trainer.resumed_random_states = {}, None
@@ -155,17 +172,33 @@ def _set_up(
     trainer.strategy.barrier("run")
 
 
+def _set_up_profiler(trainer: Trainer, module: LightningModule, fn: TrainerFn) -> None:
+    profiler = trainer.profiler
+    if isinstance(profiler, PassThroughProfiler):
+        return
+    # Over all machines, so that no two ranks write to one file.
+    rank = trainer.global_rank if trainer.world_size > 1 else None
+    profiler.setup(stage=fn.value, local_rank=rank, log_dir=trainer.log_dir)
+    profiler._lightning_module = module
+
+
+def _recorded(trainer: Trainer, owner: LightningModule | LightningDataModule, name: str) -> Callable[..., Any]:
+    """A hook that is called outside of the table, as an action of the profiler."""
+    kind = "LightningModule" if isinstance(owner, LightningModule) else "LightningDataModule"
+    return trainer.profiler.wrap(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
+
+
 def _prepare_data(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
     for owner in (datamodule, module):
         if owner is not None and is_overridden("prepare_data", owner, DataHooks):
             first = trainer.local_rank == 0 if owner.prepare_data_per_node else trainer.global_rank == 0
             if first:
-                owner.prepare_data()
+                _recorded(trainer, owner, "prepare_data")()
             trainer.strategy.barrier("prepare_data")
 
 
 def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
-    optimizers, schedulers = configure(module.configure_optimizers())
+    optimizers, schedulers = configure(_recorded(trainer, module, "configure_optimizers")())
     if not optimizers:
         rank_zero_warn(f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing is trained")
     if module.automatic_optimization and len(optimizers) > 1:
@@ -182,21 +215,22 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
         wrapped.toggled = module.toggled_optimizer
 
 
-def _conclude(trainer: Trainer, module: LightningModule, fn: TrainerFn) -> None:
-    hooks = trainer.hooks
+def _conclude(trainer: Trainer, module: LightningModule, fn: TrainerFn, for_trial: bool) -> None:
     trainer.strategy.teardown()
-    if fn is TrainerFn.FITTING:
-        hooks.call("on_fit_end")
+    if fn is TrainerFn.FITTING and not for_trial:
+        trainer.hooks.call("on_fit_end")
     _teardown_hooks(trainer, fn)
-    for logger in trainer.loggers:
-        logger.finalize("success")
+    if not for_trial:
+        for logger in trainer.loggers:
+            logger.finalize("success")
+    trainer.profiler.describe()
 
 
 def _teardown_hooks(trainer: Trainer, fn: TrainerFn) -> None:
     if trainer.datamodule is not None:
-        trainer.datamodule.teardown(fn.value)
+        _recorded(trainer, trainer.datamodule, "teardown")(fn)
     for call in trainer.hooks.resolve("teardown"):
-        call(fn.value)
+        call(fn)
 
 
 def _on_exception(trainer: Trainer, error: BaseException) -> None:
@@ -205,9 +239,10 @@ def _on_exception(trainer: Trainer, error: BaseException) -> None:
     calls: list[Callable[[], Any]] = []
     if trainer.hooks:
         calls += [functools.partial(call, error) for call in trainer.hooks.of_callbacks("on_exception")]
-    if trainer.datamodule is not None and hasattr(trainer.datamodule, "on_exception"):
+    if trainer.datamodule is not None:
         calls.append(functools.partial(trainer.datamodule.on_exception, error))
     calls += [functools.partial(logger.finalize, "failed") for logger in trainer.loggers]
+    calls.append(trainer.profiler.describe)
     if trainer.strategy_is_set_up:
         calls.append(trainer.strategy.teardown)
     with distributed.alone():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from lightlite.hooks import HookTable, is_overridden
 from lightlite.loops.calls import with_batch_idx
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, evaluates_closure_once
+from lightlite.profilers import PassThroughProfiler
 
 if TYPE_CHECKING:
     from lightlite.trainer import Trainer
@@ -40,23 +42,29 @@ class TrainStep:
 
     def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
         self._trainer, self._module = trainer, module
-        self._training_step = with_batch_idx(training_step, module.training_step)
+        profiler, strategy = trainer.profiler, f"[Strategy]{type(trainer.strategy).__name__}"
+        own = f"[LightningModule]{type(module).__name__}"
+        self._training_step = profiler.wrap(
+            f"{strategy}.training_step", with_batch_idx(training_step, module.training_step)
+        )
         self._progress = trainer.progress
         self._optimizer: LightningOptimizer | None = next(iter(trainer.wrapped_optimizers), None)
         self._context: Callable[[], AbstractContextManager[Any]] | None = trainer.precision_plugin.forward_context()
         self._scaler = trainer.precision_plugin.scaler
         self._no_sync = trainer.strategy.no_sync
         self._plain_optimizer = self._steppable_as_by_hand(trainer)
-        self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), module.optimizer_step)
-        self._clear_gradients = self._compose_clearing(trainer.hooks)
-        self._backward = self._compose_backward(trainer.hooks)
+        self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), None) or profiler.wrap(
+            f"{own}.optimizer_step", module.optimizer_step
+        )
+        self._clear_gradients = profiler.wrap("zero_grad", self._compose_clearing(trainer.hooks))
+        self._backward = profiler.wrap(f"{strategy}.backward", self._compose_backward(trainer.hooks))
         self._before_step = trainer.hooks.resolve("on_before_optimizer_step")
         self._clipping = trainer.hooks.of_module("configure_gradient_clipping")
         if not self._clipping and trainer.gradient_clip_val:
-            self._clipping = (module.configure_gradient_clipping,)
+            clip = module.configure_gradient_clipping
+            self._clipping = (profiler.wrap(f"{own}.configure_gradient_clipping", clip),)
         self._wants_outputs = bool(trainer.hooks.resolve("on_train_batch_end"))
         self.begin_epoch()
-        self._stepping = True
         self._batch: Any = None
         self._batch_idx = 0
         self._outputs: Any = None
@@ -97,18 +105,25 @@ class TrainStep:
 
         return run
 
-    def _steppable_as_by_hand(self, trainer: Trainer) -> torch.optim.Optimizer | None:
-        """The optimizer, where `closure()` and `optimizer.step()` are all there is to a step."""
+    def _steppable_as_by_hand(self, trainer: Trainer) -> Any:
+        """What has the optimizer's `step`, where `closure()` and `step()` are all there is to a step; else None."""
         optimizer = self._optimizer
         if optimizer is None or optimizer.scaler is not None or trainer.hooks.of_module("optimizer_step"):
             return None
-        return optimizer.optimizer if evaluates_closure_once(optimizer.optimizer) else None
+        plain = optimizer.optimizer
+        if not evaluates_closure_once(plain):
+            return None
+        if isinstance(trainer.profiler, PassThroughProfiler):
+            return plain
+        return SimpleNamespace(step=trainer.profiler.wrap("optimizer_step", lambda: plain.step()))
 
     def begin_epoch(self) -> None:
         """Begin a new accumulation window, of the length that holds for this epoch."""
         self.micro_batch = self._accumulated = 0
         self._window = self._trainer.accumulate_grad_batches
         self._finishes = bool(self._before_step or self._clipping) or self._window > 1
+        if self._optimizer is not None:
+            self._optimizer.after_closure = self._finish_gradients if self._finishes else None
 
     def state_dict(self) -> dict[str, Any]:
         """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
@@ -140,8 +155,7 @@ class TrainStep:
         """
         self._batch, self._batch_idx = batch, batch_idx
         self.micro_batch += 1
-        self._stepping = last or self.micro_batch >= self._window
-        if not self._stepping:
+        if not last and self.micro_batch < self._window:
             with self._no_sync():
                 self._closure()
             self._accumulated = self.micro_batch
@@ -149,22 +163,45 @@ class TrainStep:
         self._accumulated = 0
         if self._plain_optimizer is not None:
             self._closure()
+            if self._finishes:
+                self._finish_gradients()
             self._plain_optimizer.step()
-            self._progress.optimizer_steps += 1
         elif self._optimizer is not None:
             self._step_by_hook(self._optimizer)
-            self._progress.optimizer_steps += 1
         else:
             self._closure()
+        # Without an optimizer too, so that max_steps ends the fit and checkpoints are told apart.
+        self._progress.optimizer_steps += 1
         self.micro_batch = 0
+        return self._outputs
+
+    def observe(self, batch: Any, batch_idx: int, last: bool) -> Any:
+        """Run `training_step` and train nothing: for statistics that a forward pass gathers; see `__call__`.
+
+        An epoch of this counts as one step, at its end, by which what is logged and saved then can be told apart from
+        what was before.
+        """
+        self._batch, self._batch_idx = batch, batch_idx
+        self.micro_batch += 1
+        with self._no_sync(), (self._context or nullcontext)():
+            output = self._training_step(batch, batch_idx)
+        if self._wants_outputs:
+            self._outputs = self._described(output, output if isinstance(output, Tensor) else self._loss_in(output))
+        if last:
+            self.micro_batch = 0
+            self._progress.optimizer_steps += 1
         return self._outputs
 
     def _step_by_hook(self, optimizer: LightningOptimizer) -> None:
         """Step as the module's `optimizer_step` says, or as the optimizer or the gradient scaler needs it."""
         runs: list[Tensor | None] = []
+        recorder = self._trainer.recorder
 
         def closure() -> Tensor | None:
+            # What training_step logs is its own here too, not that of the optimizer_step which calls it.
+            outer, recorder.hook = recorder.hook, "training_step"
             runs.append(self._closure())
+            recorder.hook = outer
             return runs[-1]
 
         self._optimizer_step(self._progress.epoch, self._batch_idx, optimizer, closure)
@@ -188,16 +225,17 @@ class TrainStep:
         if self.micro_batch == 1:
             self._clear_gradients()
         if loss is not None:
-            self._backward(loss)
-        if self._finishes and self._stepping:
-            self._finish_gradients()
+            try:
+                self._backward(loss)
+            except RuntimeError as error:
+                _explain_loss(loss, error)
+                raise
         return loss
 
     def _finish_gradients(self) -> None:
         """Make the gradients those of the whole window, show them to the hooks, clip them."""
         optimizer = self._optimizer
-        if optimizer is None:
-            return
+        assert optimizer is not None
         if self.micro_batch < self._window:
             self._rescale(self._window / self.micro_batch)
         if not self._before_step and not self._clipping:
@@ -248,6 +286,24 @@ class TrainStep:
         return {**extra, "loss": loss.detach()}
 
 
+def _explain_loss(loss: Tensor, error: RuntimeError) -> None:
+    """Say of a loss that has no gradients what is wrong with it.
+
+    Raises:
+        MisconfigurationException: Where it is not a single number, or depends on no parameter.
+    """
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"training_step returned a loss of shape {tuple(loss.shape)}; return a scalar, such as its .mean()"
+        ) from error
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "training_step returned a loss that depends on no parameter with requires_grad=True: it was detached, made "
+            "under torch.no_grad(), or all parameters are frozen; return the loss as it was computed, or None to skip "
+            "the batch"
+        ) from error
+
+
 class ManualStep:
     """Runs `training_step` in manual optimization, where the user's code does the rest.
 
@@ -260,13 +316,18 @@ class ManualStep:
     micro_batch = 0
 
     def __init__(self, trainer: Trainer, module: LightningModule, training_step: Callable[..., Any]) -> None:
-        self._training_step = with_batch_idx(training_step, module.training_step)
+        self._training_step = trainer.profiler.wrap(
+            f"[Strategy]{type(trainer.strategy).__name__}.training_step",
+            with_batch_idx(training_step, module.training_step),
+        )
         self._progress = trainer.progress
         self._context = trainer.precision_plugin.forward_context() or nullcontext
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
         _refuse_automatic_settings(trainer)
         for optimizer in trainer.wrapped_optimizers:
             optimizer.before_step = self._count_step
+            if not isinstance(trainer.profiler, PassThroughProfiler):
+                optimizer.step = trainer.profiler.wrap("optimizer_step", optimizer.step)  # type: ignore[method-assign]
 
     def begin_epoch(self) -> None:
         """Nothing is kept from batch to batch."""
@@ -289,6 +350,17 @@ class ManualStep:
         raise MisconfigurationException(
             f"training_step returned {output!r} ({type(output).__name__}); in manual optimization return a "
             "tensor, a dict or None"
+        )
+
+    def observe(self, batch: Any, batch_idx: int, last: bool) -> Any:
+        """Refuse to hold back the steps that the user's code takes.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(
+            "after training, trainer.closing_epoch asks for an epoch that trains nothing, but in manual optimization "
+            "training_step itself steps the optimizers; leave out the callback that set it"
         )
 
     def _count_step(self, optimizer: Any) -> None:

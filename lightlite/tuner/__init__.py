@@ -1,1 +1,7 @@
-"""Finds a learning rate and a batch size."""
+"""Searches for learning rates and batch sizes."""
+
+from __future__ import annotations
+
+from lightlite.tuner.tuning import Tuner
+
+__all__ = ["Tuner"]

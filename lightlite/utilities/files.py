@@ -73,6 +73,16 @@ def open_text(path: PathLike) -> IO[str]:
     return file
 
 
+def open_file(path: PathLike, mode: str) -> IO[Any]:
+    """Open a file in a mode of Python's `open`, such as "a" or "wb"; text is UTF-8."""
+    encoding = None if "b" in mode else "utf-8"
+    if not is_remote(path):
+        return open(path, mode, encoding=encoding)
+    filesystem, inner = _filesystem(path)
+    file: IO[Any] = filesystem.open(inner, mode, encoding=encoding)
+    return file
+
+
 def write_text(path: PathLike, text: str) -> None:
     """Write a whole text file: it has the old content or the new one at any moment, where the path is local."""
     if is_remote(path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightlite.utilities.seed import isolate_rng
 
+LEFTOVER_PARAMS_NAME = "other params"
 UNKNOWN_SIZE = "?"
 NOT_APPLICABLE = "n/a"
 _UNITS = ("", "K", "M", "B", "T")
@@ -53,8 +54,8 @@ class LayerSummary:
         """Note the sizes at the next forward; returns the hook's handle."""
 
         def note(_module: nn.Module, inputs: Any, output: Any) -> None:
-            self.in_size = shape_of(inputs[0] if len(inputs) == 1 else inputs)
-            self.out_size = shape_of(output)
+            self.in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
+            self.out_size = parse_batch_shape(output)
 
         return self.module.register_forward_hook(note)
 
@@ -166,10 +167,16 @@ class ModelSummary:
         from torch.utils.flop_counter import FlopCounterMode
 
         example = _moved(example, next((p.device for p in self._model.parameters()), torch.device("cpu")))
+        trainer = getattr(self._model, "_trainer", None)
+        precision = None if trainer is None else trainer.precision_plugin
+        convert = None if precision is None else precision.input_converter()
+        context = None if precision is None else precision.forward_context()
+        example = example if convert is None else convert(example)
         handles = [layer.watch() for layer in self._layers.values()]
         counter = FlopCounterMode(display=False)
         try:
-            with torch.no_grad(), isolate_rng(), _evaluating(self._model), counter:
+            forward_context = nullcontext() if context is None else context()
+            with torch.no_grad(), isolate_rng(), _evaluating(self._model), forward_context, counter:
                 if isinstance(example, dict):
                     self._model(**example)
                 else:
@@ -183,7 +190,7 @@ class ModelSummary:
         """The table's columns: their titles, and a cell for each listed submodule."""
         layers = list(self._layers.values())
         table = {
-            "": [str(index) for index in range(len(layers))],
+            " ": [str(index) for index in range(len(layers))],
             "Name": list(self._layers),
             "Type": [layer.layer_type for layer in layers],
             "Params": [get_human_readable_count(layer.num_parameters) for layer in layers],
@@ -195,26 +202,41 @@ class ModelSummary:
             table["Out sizes"] = [str(layer.out_size) for layer in layers]
         others = self.total_parameters - self.total_layer_params
         if others:
-            row = {"": "", "Name": "other params", "Params": get_human_readable_count(others)}
+            row = {" ": " ", "Name": LEFTOVER_PARAMS_NAME, "Params": get_human_readable_count(others)}
             for title, cells in table.items():
                 cells.append(row.get(title, NOT_APPLICABLE))
         return table
 
     def __str__(self) -> str:
-        modes = self.total_training_modes
-        totals = [
-            (get_human_readable_count(self.trainable_parameters), "Trainable params"),
-            (get_human_readable_count(self.total_parameters - self.trainable_parameters), "Non-trainable params"),
-            (get_human_readable_count(self.total_parameters), "Total params"),
-            (f"{self.model_size:,.3f}", "Total estimated model params size (MB)"),
-            (str(modes["train"]), "Modules in train mode"),
-            (str(modes["eval"]), "Modules in eval mode"),
-        ]
-        if self._flops:
-            totals.append((get_human_readable_count(self.total_flops), "Total FLOPs"))
+        totals = format_totals(
+            self.total_parameters,
+            self.trainable_parameters,
+            self.model_size,
+            self.total_training_modes,
+            self.total_flops,
+        )
         return format_table(self.columns(), totals)
 
     __repr__ = __str__
+
+
+def format_totals(
+    total_parameters: int,
+    trainable_parameters: int,
+    model_size: float,
+    total_training_modes: dict[str, int],
+    total_flops: int,
+) -> list[tuple[str, str]]:
+    """What stands below the table, each number with its name; operations only where they were counted."""
+    totals = [
+        (get_human_readable_count(trainable_parameters), "Trainable params"),
+        (get_human_readable_count(total_parameters - trainable_parameters), "Non-trainable params"),
+        (get_human_readable_count(total_parameters), "Total params"),
+        (get_formatted_model_size(model_size), "Total estimated model params size (MB)"),
+        (str(total_training_modes["train"]), "Modules in train mode"),
+        (str(total_training_modes["eval"]), "Modules in eval mode"),
+    ]
+    return [*totals, (get_human_readable_count(total_flops), "Total FLOPs")] if total_flops else totals
 
 
 def summarize(lightning_module: nn.Module, max_depth: int = 1) -> ModelSummary:
@@ -249,14 +271,19 @@ def get_human_readable_count(number: int) -> str:
     return f"{shown} {_UNITS[unit]}".rstrip()
 
 
-def shape_of(value: Any) -> Any:
+def get_formatted_model_size(total_model_size: float) -> str:
+    """A size in MB, as "1,234.567"."""
+    return f"{total_model_size:,.3f}"
+
+
+def parse_batch_shape(value: Any) -> Any:
     """A tensor's shape as a list; nests of tensors as lists and dictionaries of shapes; "?" for anything else."""
     if isinstance(value, Tensor):
         return list(value.shape)
     if isinstance(value, dict):
-        return {key: shape_of(item) for key, item in value.items()}
+        return {key: parse_batch_shape(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [shape_of(item) for item in value]
+        return [parse_batch_shape(item) for item in value]
     return UNKNOWN_SIZE
 
 

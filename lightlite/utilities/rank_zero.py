@@ -86,8 +86,17 @@ def rank_zero_warn(message: Warning | str, stacklevel: int = 3, category: type[W
     warnings.warn(message, category=category, stacklevel=stacklevel)
 
 
+class LightningDeprecationWarning(DeprecationWarning):
+    """Of something that a later version will not have."""
+
+
+def rank_prefixed_message(message: str, rank: int | None) -> str:
+    """A message that says which rank it is from; as it is, where that is None."""
+    return message if rank is None else f"[rank: {rank}] {message}"
+
+
 def rank_zero_deprecation(
-    message: Warning | str, stacklevel: int = 4, category: type[Warning] = DeprecationWarning
+    message: Warning | str, stacklevel: int = 4, category: type[Warning] = LightningDeprecationWarning
 ) -> None:
     """Warn of something deprecated, on rank zero."""
     rank_zero_warn(message, stacklevel=stacklevel, category=category)

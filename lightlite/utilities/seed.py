@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightlite import distributed
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 MIN_SEED = 0
@@ -75,6 +76,25 @@ def reset_seed() -> int | None:
 def seed_workers() -> bool:
     """Whether `seed_everything(workers=True)` asked for seeded loader workers."""
     return os.environ.get(WORKERS_VARIABLE) == "1"
+
+
+def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
+    """Seed a loader worker's generators, NumPy's included, apart from those of all other workers and ranks.
+
+    A `worker_init_fn` for loaders that no Trainer deals out.
+
+    Args:
+        worker_id: Which worker.
+        rank: Of which rank; by default this process's.
+    """
+    import numpy
+
+    rank = distributed.rank() if rank is None else rank
+    base = torch.initial_seed() - worker_id  # the loader's own
+    seeds = numpy.random.SeedSequence([base % 2**64, worker_id, rank]).generate_state(3)
+    random.seed(int(seeds[0]))
+    numpy.random.seed(seeds[1])
+    torch.manual_seed(int(seeds[2]))
 
 
 def capture_rng() -> dict[str, Any]:

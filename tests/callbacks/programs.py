@@ -91,3 +91,18 @@ def checkpoints(folder: str | Path = ".") -> dict[str, int]:
     """The global step of each checkpoint file below a folder, by path."""
     paths = sorted(Path(folder).rglob("*.ckpt"))
     return {os.path.relpath(path, folder): torch.load(path, weights_only=True)["global_step"] for path in paths}
+
+
+class SavesAfter(pl.Callback):
+    """Writes a checkpoint after one batch, or at the end of an epoch where no batch is named; it has no state."""
+
+    def __init__(self, path: str | Path, epoch: int, batch_idx: int | None = None) -> None:
+        self.path, self.epoch, self.batch_idx = path, epoch, batch_idx
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch_idx):
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.batch_idx is None and trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)

@@ -111,3 +111,10 @@ def test_a_trainer_without_a_logger_is_refused() -> None:
 def test_another_interval_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="'step', 'epoch' or None"):
         LearningRateMonitor("batch")  # type: ignore[arg-type]
+
+
+def test_where_no_step_is_logged_no_rate_is() -> None:
+    logged = Rows()
+    run = trainer(LearningRateMonitor("step"), logger=logged, log_every_n_steps=0, max_epochs=1)
+    run.fit(Tuned("plain"), loader(2), loader(1))
+    assert logged.rows == []

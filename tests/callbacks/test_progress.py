@@ -24,6 +24,17 @@ sys.path.insert(0, {tests!r})
 from callbacks.programs import Net, loader, trainer
 from lightlite.callbacks import TQDMProgressBar
 
+class Bar(TQDMProgressBar):
+    def init_validation_tqdm(self):
+        bar = super().init_validation_tqdm()
+        bar.set_description("running validation ...")
+        return bar
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.current_epoch == {renamed}:
+            self.train_progress_bar.set_description("my epoch")
+
 class Slow(Net):
     def training_step(self, batch, batch_idx):
         time.sleep(0.02)
@@ -32,16 +43,25 @@ class Slow(Net):
     def validation_step(self, batch, batch_idx):
         time.sleep(0.02)
 
-run = trainer(TQDMProgressBar(**{options}), max_epochs={epochs}, enable_progress_bar=True)
+run = trainer({kind}(**{options}), max_epochs={epochs}, enable_progress_bar=True)
 run.fit(Slow(), loader({batches}), loader({batches} * 3 // 4))
 run.progress_bar_callback.print("between")
 run.test(Slow(), loader(4), verbose=False)
 """
 
 
-def in_a_terminal(epochs: int = 2, batches: int = 20, **options: Any) -> str:
+def in_a_terminal(
+    epochs: int = 2, batches: int = 20, kind: str = "TQDMProgressBar", renamed: int = -1, **options: Any
+) -> str:
     """What a program with a bar writes to a terminal of 80 columns."""
-    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), options=options, epochs=epochs, batches=batches)
+    program = PROGRAM.format(
+        tests=str(Path(__file__).parents[1]),
+        options=options,
+        epochs=epochs,
+        batches=batches,
+        kind=kind,
+        renamed=renamed,
+    )
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stdin=theirs, env=environment)
@@ -108,6 +128,53 @@ def test_each_epochs_bar_stays_where_asked_for() -> None:
 
 def test_a_rate_of_0_shows_nothing() -> None:
     assert on_screen(in_a_terminal(refresh_rate=0))[-1].endswith("between") is True
+
+
+def test_bars_and_what_they_say_can_be_changed() -> None:
+    written = in_a_terminal(epochs=3, kind="Bar", renamed=1)
+    assert re.search(r"my epoch: +\d+%\|", written)
+    assert "Epoch 1/2:" not in written.split("my epoch", 1)[1].split("Epoch 2/2:", 1)[0]
+    assert re.search(r"running validation \.\.\.: +[1-9]\d*%", written)
+    assert not re.search(r"Validation: +[1-9]", written)
+    assert any(line.startswith("Epoch 2/2: 100%") for line in on_screen(written))
+
+
+def test_code_that_changes_a_bar_runs_without_a_terminal_too(capsys: pytest.CaptureFixture[str]) -> None:
+    class Renamed(TQDMProgressBar):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_epoch_start(trainer, pl_module)
+            self.train_progress_bar.set_description("mine")
+
+    fit(Renamed(), enable_progress_bar=True, max_epochs=1)
+    assert capsys.readouterr().out.startswith("Epoch 0/0: 4/4")
+    with pytest.raises(TypeError, match="no train bar before a run begins"):
+        _ = TQDMProgressBar().train_progress_bar
+
+
+def test_a_bar_of_ones_own_learns_of_each_loader(capsys: pytest.CaptureFixture[str]) -> None:
+    class PerLoader(ProgressBar):
+        def on_predict_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
+            if self.has_dataloader_changed(dataloader_idx):
+                self.print(dataloader_idx, self.total_predict_batches_current_dataloader)
+
+        def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+            self.reset_dataloader_idx_tracker()
+
+    class TwoLoaders(Net):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return batch
+
+    run = trainer(PerLoader(), enable_progress_bar=True)
+    for _ in range(2):
+        run.predict(TwoLoaders(), [loader(2), loader(3)])
+    assert capsys.readouterr().out == "0 2\n1 3\n" * 2
+
+
+def test_the_rate_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_MINITERS", "5")
+    assert [TQDMProgressBar(refresh_rate=rate).refresh_rate for rate in (0, 1, 7)] == [0, 5, 7]
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

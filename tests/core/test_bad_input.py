@@ -221,8 +221,39 @@ def test_a_loss_of_several_elements_is_refused(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self(batch[0])
 
-    with pytest.raises((RuntimeError, *REFUSED), match=r"scalar|shape"):
+    with pytest.raises(MisconfigurationException, match=r"a loss of shape \(2, 1\); return a scalar"):
         quiet_trainer(tmp_path).fit(Vector(), regression_loader(1))
+
+
+def test_a_detached_loss_is_refused(tmp_path: Path) -> None:
+    class Detached(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch).detach()
+
+    with pytest.raises(MisconfigurationException, match=r"depends on no parameter .* it was detached") as caught:
+        quiet_trainer(tmp_path).fit(Detached(), regression_loader(1))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_another_error_of_the_backward_pass_is_passed_on(tmp_path: Path) -> None:
+    class Boom(Net):
+        def backward(self, loss: Any) -> None:
+            raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        quiet_trainer(tmp_path).fit(Boom(), regression_loader(1))
+
+
+@pytest.mark.parametrize(("entry_point", "name"), [("fit", "train"), ("validate", "val"), ("predict", "predict")])
+def test_a_dataset_in_the_place_of_a_loader_is_warned_of(tmp_path: Path, entry_point: str, name: str) -> None:
+    message = rf"the {name} loader is a Dataset, TensorDataset: each of its samples .* DataLoader\(dataset, batch_size"
+    with pytest.warns(UserWarning, match=message):
+        getattr(quiet_trainer(tmp_path), entry_point)(Net(), regression_loader(1).dataset)
+
+
+def test_a_class_in_the_place_of_a_loader_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="DataLoader'> of type type, which is no iterable of batches"):
+        quiet_trainer(tmp_path).fit(Net(), DataLoader)
 
 
 @pytest.mark.parametrize("entry_point", ["fit", "validate", "test", "predict"])

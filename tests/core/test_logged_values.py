@@ -182,6 +182,17 @@ def test_the_suffix_of_the_loader_can_be_left_out(tmp_path: Path) -> None:
     assert [floats(result) for result in results] == [{"x0": 0.5}, {"x1": 1.0}]
 
 
+def test_without_the_suffix_one_name_for_several_loaders_is_refused(tmp_path: Path) -> None:
+    class OneKey(ManyLoadersNet):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("x", 1.0, add_dataloader_idx=False)
+
+    with pytest.raises(
+        MisconfigurationException, match=r"'x', add_dataloader_idx=False.*as in f'x_\{dataloader_idx\}'"
+    ):
+        quiet_trainer(tmp_path).validate(OneKey(), [regression_loader(1), regression_loader(1)], verbose=False)
+
+
 def test_values_of_evaluations_after_a_fit_are_logged_at_its_last_step(tmp_path: Path) -> None:
     logger = ListLogger()
     trainer = quiet_trainer(tmp_path, logger=logger, max_epochs=2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lightlite import loggers
 from lightlite.loggers import DummyLogger, Logger
 from lightlite.loggers.logger import DummyExperiment, rank_zero_experiment
 
@@ -62,3 +63,10 @@ def test_the_dummy_takes_any_call_and_can_be_copied() -> None:
         logger.anything(1, key=2)
         assert logger.experiment.whatever() is None
         assert (logger.name, logger.version, logger.save_dir) == ("", "", None)
+
+
+@pytest.mark.parametrize("name", ["CometLogger", "NeptuneLogger", "LitLogger"])
+def test_a_logger_that_is_left_out_says_so(name: str) -> None:
+    with pytest.raises(ImportError, match=f"there is no {name} in lightlite.loggers: .* left out of lightlite"):
+        getattr(loggers, name)
+    assert not hasattr(loggers, "CSVLoger")

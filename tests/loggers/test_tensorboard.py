@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from pathlib import Path
 from typing import Any
@@ -104,6 +103,6 @@ def test_logging_goes_on_after_the_run_was_finalized(tmp_path: Path) -> None:
 
 
 def test_a_missing_tensorboard_is_said_with_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("lightlite.loggers.logger.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
         TensorBoardLogger(tmp_path)

@@ -47,9 +47,6 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
     def on_exception(self, exception: BaseException) -> None:
         """Called on every rank where a call of the Trainer ends by an exception."""
 
-    def on_exception(self, exception: BaseException) -> None:
-        """The run ends by `exception`, KeyboardInterrupt included: release what `setup` took."""
-
     @classmethod
     def from_datasets(
         cls,

@@ -152,6 +152,11 @@ class TrainerFacts:
         return self.hardware.device_ids
 
     @property
+    def distributed_sampler_kwargs(self) -> dict[str, int] | None:
+        """Arguments for a `DistributedSampler` of the user's own; None with one rank."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank} if self.world_size > 1 else None
+
+    @property
     def is_global_zero(self) -> bool:
         """Whether this is the rank that prints and writes files."""
         return self.global_rank == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from lightlite.progress import STAGES, FitProgress, TrainerFn, TrainerState
 from lightlite.registry import callbacks_of_packages
 from lightlite.results import Recorder
 from lightlite.run import SESSION, Run, checkpoints_last
+from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 
@@ -443,6 +445,18 @@ class Trainer(Run):
             if isinstance(callback, ModelCheckpoint):
                 found |= callback.find_last_checkpoints(self)
         return max(found, key=storage.modified) if found else None
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """A block in which new modules are made on this process's device, in the format of the precision.
+
+        Args:
+            empty_init: Whether to leave out their initialisation, where weights are loaded afterwards.
+        """
+        device = self.hardware.devices[self.local_rank]
+        unset = NoInitialisation() if empty_init else nullcontext()
+        with device, self.precision_plugin.init_context(), unset:
+            yield
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None

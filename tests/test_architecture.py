@@ -215,15 +215,17 @@ def test_top_level_holds_the_fixed_list() -> None:
 
 PUBLIC = {
     "lightlite": """
-        Callback LightningDataModule LightningModule Trainer __version__ seed_everything
+        Callback Fabric LightningDataModule LightningModule Trainer __version__ seed_everything
     """,
     "lightlite.accelerators": """
         Accelerator AcceleratorRegistry CPUAccelerator CUDAAccelerator MPSAccelerator find_usable_cuda_devices
     """,
     "lightlite.callbacks": """
-        BasePredictionWriter BatchSizeFinder Callback Checkpoint DeviceStatsMonitor EarlyStopping LambdaCallback
-        LearningRateFinder LearningRateMonitor ModelCheckpoint ModelSummary ProgressBar RichModelSummary
-        RichProgressBar TQDMProgressBar ThroughputMonitor Timer
+        BackboneFinetuning BaseFinetuning BasePredictionWriter BatchSizeFinder Callback Checkpoint
+        DeviceStatsMonitor EMAWeightAveraging EarlyStopping GradientAccumulationScheduler LambdaCallback
+        LearningRateFinder LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint ProgressBar
+        RichModelSummary RichProgressBar SpikeDetection StochasticWeightAveraging TQDMProgressBar
+        ThroughputMonitor Timer WeightAveraging
     """,
     "lightlite.compat": """
         LIGHTNING_VERSION install

@@ -48,7 +48,7 @@ PYTORCH_MODULES = """
     callbacks.timer callbacks.weight_averaging
     cli
     core core.datamodule core.hooks core.mixins core.mixins.hparams_mixin core.module core.optimizer core.saving
-    demos demos.boring_classes demos.lstm demos.transformer
+    demos demos.boring_classes
     loggers loggers.csv_logs loggers.logger loggers.mlflow loggers.tensorboard loggers.utilities loggers.wandb
     plugins plugins.environments plugins.precision plugins.precision.amp plugins.precision.double
     plugins.precision.half plugins.precision.precision

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from lightlite import config, distributed, storage
 from lightlite.data import RankLoader, check_loader
@@ -34,6 +33,7 @@ from lightlite.interfaces import Accelerator, Strategy
 from lightlite.loggers import Logger
 from lightlite.module import LightningModule
 from lightlite.nest import move_to
+from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
 
 
@@ -413,7 +413,7 @@ class Fabric(Place):
         self._take_place()
         with self.init_tensor(), ExitStack() as stack:
             if empty_init:
-                stack.enter_context(_NoInitialisation())
+                stack.enter_context(NoInitialisation())
             yield
 
     def save(
@@ -542,13 +542,3 @@ def _taken_by(method: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, A
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return kwargs
     return {name: value for name, value in kwargs.items() if name in parameters}
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Within it, the functions of `torch.nn.init` leave tensors as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)

@@ -1,4 +1,7 @@
-"""Loggers under the argument names that Fabric has for them."""
+"""Loggers under the argument names that Fabric has for them: `root_dir` is what `lightlite.loggers` call `save_dir`.
+
+They are functions: a class of the same name beside the Trainer's would make "CSVLogger" ambiguous on a command line.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,17 @@ from lightlite.utilities.files import PathLike
 __all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "rank_zero_experiment"]
 
 
-class CSVLogger(loggers.CSVLogger):
-    """`lightlite.loggers.CSVLogger`, whose first argument is called `root_dir` here."""
-
-    def __init__(
-        self,
-        root_dir: PathLike,
-        name: str | None = "lightning_logs",
-        version: int | str | None = None,
-        prefix: str = "",
-        flush_logs_every_n_steps: int = 100,
-    ) -> None:
-        super().__init__(root_dir, name, version, prefix, flush_logs_every_n_steps)
+def CSVLogger(root_dir: PathLike, *args: Any, **kwargs: Any) -> loggers.CSVLogger:
+    """A `lightlite.loggers.CSVLogger` that writes below `root_dir`; what follows are its other arguments."""
+    return loggers.CSVLogger(root_dir, *args, **kwargs)
 
 
-class TensorBoardLogger(loggers.TensorBoardLogger):
-    """`lightlite.loggers.TensorBoardLogger`, whose first argument is called `root_dir` here."""
+def TensorBoardLogger(root_dir: PathLike, *args: Any, **kwargs: Any) -> loggers.TensorBoardLogger:
+    """A `lightlite.loggers.TensorBoardLogger` that writes below `root_dir`; what follows are its other arguments.
 
-    def __init__(
-        self,
-        root_dir: PathLike,
-        name: str | None = "lightning_logs",
-        version: int | str | None = None,
-        default_hp_metric: bool = True,
-        prefix: str = "",
-        sub_dir: PathLike | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            root_dir,
-            name=name,
-            version=version,
-            default_hp_metric=default_hp_metric,
-            prefix=prefix,
-            sub_dir=sub_dir,
-            **kwargs,
-        )
+    Args:
+        root_dir: The folder for all experiments.
+        args: `name` and `version`.
+        kwargs: Of the logger or of torch's `SummaryWriter`.
+    """
+    return loggers.TensorBoardLogger(root_dir, *args, **kwargs)

@@ -24,7 +24,7 @@ BARE = (*QUIET, "--trainer.enable_checkpointing=false")
 SGD = ("--optimizer=SGD", "--optimizer.lr=0.03")
 
 
-class Net(pl.LightningModule):
+class CommandNet(pl.LightningModule):
     """Two layers.
 
     Args:
@@ -55,14 +55,14 @@ class Net(pl.LightningModule):
         return self.second(self.first(batch[0]))
 
 
-class OwnOptimizer(Net):
+class OwnOptimizer(CommandNet):
     """Brings its optimizer along."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class DeepNet(Net):
+class DeepNet(CommandNet):
     """Has an argument of its own, and those of its base."""
 
     def __init__(self, depth: int = 1, **kwargs: Any) -> None:
@@ -90,7 +90,7 @@ class Options:
     name: str = "none"
 
 
-class Composed(Net):
+class Composed(CommandNet):
     """Is given its parts."""
 
     def __init__(self, encoder: Encoder, activation: nn.Module, options: Options | None = None) -> None:
@@ -98,7 +98,7 @@ class Composed(Net):
         self.first, self.activation, self.options = encoder, activation, options  # type: ignore[assignment]
 
 
-class Injected(Net):
+class Injected(CommandNet):
     """Is given what makes its optimizer and its scheduler."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Injected(Net):
         return [optimizer], [self.make_scheduler(optimizer)]
 
 
-class Data(pl.LightningDataModule):
+class CommandData(pl.LightningDataModule):
     """Regression data, the same for every purpose."""
 
     def __init__(self, samples: int = 4, batch_size: int = 2) -> None:

@@ -13,13 +13,13 @@ from lightlite.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlate
 from lightlite.errors import MisconfigurationException
 from lightlite.loggers import CSVLogger, TensorBoardLogger
 
-from .models import BARE, SGD, Data, DeepNet, Net, OwnOptimizer, UnsavedCLI, state
+from .models import BARE, SGD, CommandData, CommandNet, DeepNet, OwnOptimizer, UnsavedCLI, state
 
 
 def test_fit_trains_the_module_that_the_words_describe() -> None:
-    cli = UnsavedCLI(Net, Data, args=["fit", *BARE, *SGD, "--model.hidden=3", "--data.samples=6"])
+    cli = UnsavedCLI(CommandNet, CommandData, args=["fit", *BARE, *SGD, "--model.hidden=3", "--data.samples=6"])
     torch.manual_seed(0)
-    expected, batches = Net(hidden=3), Data(samples=6).loader()
+    expected, batches = CommandNet(hidden=3), CommandData(samples=6).loader()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.03)
     for batch in batches:
         optimizer.zero_grad()
@@ -32,7 +32,7 @@ def test_fit_trains_the_module_that_the_words_describe() -> None:
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_evaluation_runs_without_an_optimizer(subcommand: str) -> None:
-    cli = UnsavedCLI(Net, Data, args=[subcommand, *BARE, "--verbose=false"])
+    cli = UnsavedCLI(CommandNet, CommandData, args=[subcommand, *BARE, "--verbose=false"])
     assert list(cli.trainer.callback_metrics) == [{"validate": "val_loss"}.get(subcommand, "test_loss")]
 
 
@@ -43,7 +43,7 @@ def test_predict_takes_the_arguments_of_the_method() -> None:
         def predict(self, **kwargs: Any) -> None:
             given.append(kwargs)
 
-    cli = Predicting(Net, Data, args=["predict", *BARE, "--return_predictions=false"])
+    cli = Predicting(CommandNet, CommandData, args=["predict", *BARE, "--return_predictions=false"])
     assert given == [
         {
             "model": cli.model,
@@ -56,10 +56,10 @@ def test_predict_takes_the_arguments_of_the_method() -> None:
 
 
 def test_without_run_everything_is_made_and_nothing_run() -> None:
-    cli = LightningCLI(Net, Data, run=False, args=["--model.lr=0.2", "--trainer.max_epochs=7"])
+    cli = LightningCLI(CommandNet, CommandData, run=False, args=["--model.lr=0.2", "--trainer.max_epochs=7"])
     assert cli.subcommand is None
     assert (cli.model.lr, cli.trainer.max_epochs, cli.trainer.global_step) == (0.2, 7, 0)
-    assert isinstance(cli.datamodule, Data)
+    assert isinstance(cli.datamodule, CommandData)
     assert any(isinstance(callback, SaveConfigCallback) for callback in cli.trainer.callbacks)
 
 
@@ -82,7 +82,7 @@ def test_hooks_come_around_what_they_are_named_for() -> None:
         def before_test(self) -> None:
             calls.append(("before_test",))
 
-    Hooked(OwnOptimizer, Data, args=["fit", *BARE])
+    Hooked(OwnOptimizer, CommandData, args=["fit", *BARE])
     assert calls == [
         ("before_instantiate_classes", 0.1, False),
         ("after_instantiate_classes", 0),
@@ -107,13 +107,13 @@ def test_a_trainer_of_ones_own_brings_subcommands_along() -> None:
         def subcommands() -> dict[str, set[str]]:
             return {**LightningCLI.subcommands(), "count": {"model"}}
 
-    cli = CountingCLI(Net, trainer_class=Counting, args=["count", "--upto=2"])
+    cli = CountingCLI(CommandNet, trainer_class=Counting, args=["count", "--upto=2"])
     assert cli.trainer.counted == [0, 1]
 
 
 def test_functions_may_stand_for_classes() -> None:
-    def narrow_net(factor: int = 2) -> Net:
-        return Net(hidden=2 * factor)
+    def narrow_net(factor: int = 2) -> CommandNet:
+        return CommandNet(hidden=2 * factor)
 
     def slow_trainer(epochs: int = 1) -> pl.Trainer:
         return pl.Trainer(max_epochs=epochs, logger=False)
@@ -125,14 +125,14 @@ def test_functions_may_stand_for_classes() -> None:
 
 
 def test_any_imported_subclass_can_be_chosen_by_its_name() -> None:
-    words = ["--model=DeepNet", "--model.depth=5", "--model.hidden=3", "--data=Data", "--data.samples=2"]
+    words = ["--model=DeepNet", "--model.depth=5", "--model.hidden=3", "--data=CommandData", "--data.samples=2"]
     cli = UnsavedCLI(run=False, args=words)
     assert type(cli.model) is DeepNet
     assert (cli.model.depth, cli.model.first.out_features) == (5, 3)
     assert cli.datamodule is not None
     assert cli.datamodule.samples == 2
     path = f"{DeepNet.__module__}.DeepNet"
-    assert type(UnsavedCLI(Net, subclass_mode_model=True, run=False, args=["--model", path]).model) is DeepNet
+    assert type(UnsavedCLI(CommandNet, subclass_mode_model=True, run=False, args=["--model", path]).model) is DeepNet
 
 
 def test_callbacks_come_from_words_defaults_and_arguments_of_their_own() -> None:
@@ -146,7 +146,7 @@ def test_callbacks_come_from_words_defaults_and_arguments_of_their_own() -> None
         "--trainer.callbacks.interval=epoch", "--stop.patience=7",
     ]  # fmt: skip
     defaults = {"callbacks": LearningRateMonitor(), "max_epochs": 3, "enable_progress_bar": False}
-    cli = Stopping(Net, trainer_defaults=defaults, run=False, args=words)
+    cli = Stopping(CommandNet, trainer_defaults=defaults, run=False, args=words)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert names == ["Timer", "EarlyStopping", "LearningRateMonitor", "ModelSummary", "ModelCheckpoint"]
     assert cli.trainer.early_stopping_callback is not None
@@ -163,7 +163,7 @@ def test_loggers_strategies_and_plugins_go_by_short_names() -> None:
         "--trainer.strategy=DDPStrategy", "--trainer.strategy.process_group_backend=gloo", "--trainer.devices=1",
         "--trainer.accelerator=cpu", "--trainer.plugins=DoublePrecision",
     ]  # fmt: skip
-    trainer = UnsavedCLI(Net, run=False, args=words).trainer
+    trainer = UnsavedCLI(CommandNet, run=False, args=words).trainer
     assert [type(logger) for logger in trainer.loggers] == [CSVLogger, TensorBoardLogger]
     assert trainer.log_dir is not None
     assert trainer.log_dir.endswith("a/runs/version_0")
@@ -177,7 +177,7 @@ def test_an_argument_can_be_linked_to_another(applied: str, key: str) -> None:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments(key, "model.hidden", apply_on=applied)
 
-    cli = Linked(Net, Data, run=False, args=["--data.batch_size=5"])
+    cli = Linked(CommandNet, CommandData, run=False, args=["--data.batch_size=5"])
     hidden = 5 if applied == "parse" else 6
     assert cli.model.first.out_features == hidden
     assert cli.model.hparams["hidden"] == hidden
@@ -186,21 +186,21 @@ def test_an_argument_can_be_linked_to_another(applied: str, key: str) -> None:
 @pytest.mark.parametrize(("given", "kept"), [("true", 0), ("7", 7), ("false", False), ("null", None)])
 def test_the_seed_is_set_before_anything_is_made(given: str, kept: Any) -> None:
     torch.manual_seed(99)
-    cli = UnsavedCLI(Net, run=False, args=[f"--seed_everything={given}"])
+    cli = UnsavedCLI(CommandNet, run=False, args=[f"--seed_everything={given}"])
     torch.manual_seed(kept if kept is not None and kept is not False else 99)
-    assert state(cli.model) == state(Net())
+    assert state(cli.model) == state(CommandNet())
     assert cli.config["seed_everything"] is kept or cli.config["seed_everything"] == kept
 
 
 def test_the_seed_of_the_environment_is_what_true_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "31")
-    assert UnsavedCLI(Net, run=False, args=[]).config["seed_everything"] == 31
-    assert UnsavedCLI(Net, run=False, seed_everything_default=4, args=[]).config["seed_everything"] == 4
+    assert UnsavedCLI(CommandNet, run=False, args=[]).config["seed_everything"] == 31
+    assert UnsavedCLI(CommandNet, run=False, seed_everything_default=4, args=[]).config["seed_everything"] == 4
 
 
 def test_every_argument_of_the_trainer_is_explained_with_its_type(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        UnsavedCLI(Net, Data, args=["fit", "--help"])
+        UnsavedCLI(CommandNet, CommandData, args=["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name in ("accelerator", "precision", "plugins", "max_time", "val_check_interval", "deterministic", "timeout"):
         help_of = text[text.index(f"--trainer.{name} {name.upper()}") :]
@@ -223,7 +223,7 @@ def test_help_can_be_had_of_what_can_be_chosen(
     words: list[str], shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
-        UnsavedCLI(Net, Data, args=words)
+        UnsavedCLI(CommandNet, CommandData, args=words)
     assert shown in capsys.readouterr().out
 
 
@@ -243,19 +243,19 @@ def test_a_wrong_word_ends_the_program_saying_which(
     words: list[str], shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        UnsavedCLI(Net, Data, args=words)
+        UnsavedCLI(CommandNet, CommandData, args=words)
     assert shown in capsys.readouterr().err
 
 
 def test_words_beside_given_arguments_are_told_to_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", "--model.lr=1"])
     with pytest.warns(UserWarning, match=r"are not read: \['--model.lr=1'\]"):
-        assert UnsavedCLI(Net, run=False, args={"model": {"lr": 0.5}}).model.lr == 0.5
+        assert UnsavedCLI(CommandNet, run=False, args={"model": {"lr": 0.5}}).model.lr == 0.5
 
 
 def test_what_is_no_class_and_no_annotated_function_is_refused() -> None:
     def unannotated():  # type: ignore[no-untyped-def]
-        return Net()
+        return CommandNet()
 
     with pytest.raises(MisconfigurationException, match=r"unannotated.* is neither a class nor a function annotated"):
         LightningCLI(unannotated, args=[])
@@ -264,7 +264,9 @@ def test_what_is_no_class_and_no_annotated_function_is_refused() -> None:
     ):
         LightningCLI(torch.optim.SGD, run=False, args=[])  # type: ignore[arg-type]
     parser = LightningArgumentParser()
-    with pytest.raises(MisconfigurationException, match=r"'optimizer' were to be .*Net.*give a subclass of Optimizer"):
-        parser.add_optimizer_args(Net)
+    with pytest.raises(
+        MisconfigurationException, match=r"'optimizer' were to be .*CommandNet.*give a subclass of Optimizer"
+    ):
+        parser.add_optimizer_args(CommandNet)
     with pytest.raises(MisconfigurationException, match="give a subclass of LRScheduler or ReduceLROnPlateau"):
         parser.add_lr_scheduler_args((ReduceLROnPlateau, torch.optim.SGD))

@@ -12,12 +12,12 @@ from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from lightlite.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
 from lightlite.errors import MisconfigurationException
 
-from .models import BARE, Data, Injected, Net, OwnOptimizer, UnsavedCLI
+from .models import BARE, CommandData, CommandNet, Injected, OwnOptimizer, UnsavedCLI
 
 
 def test_optimizer_and_scheduler_are_chosen_by_name() -> None:
     words = ["--optimizer=Adam", "--optimizer.lr=0.3", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=4"]
-    cli = UnsavedCLI(Net, run=False, args=words)
+    cli = UnsavedCLI(CommandNet, run=False, args=words)
     (optimizer,), (scheduler,) = cli.model.configure_optimizers()
     assert type(optimizer) is torch.optim.Adam
     assert optimizer.param_groups[0]["lr"] == 0.3
@@ -27,7 +27,7 @@ def test_optimizer_and_scheduler_are_chosen_by_name() -> None:
 
 def test_reduce_on_plateau_watches_what_it_is_told_to() -> None:
     words = ["fit", *BARE, "--optimizer=SGD", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
-    trainer = UnsavedCLI(Net, Data, args=words).trainer
+    trainer = UnsavedCLI(CommandNet, CommandData, args=words).trainer
     assert isinstance(trainer.lr_scheduler_configs[0].scheduler, ReduceLROnPlateau)
     assert trainer.lr_scheduler_configs[0].monitor == "val_loss"
 
@@ -38,7 +38,7 @@ def test_one_class_can_be_fixed_and_its_arguments_left_open() -> None:
             parser.add_optimizer_args(torch.optim.AdamW)
             parser.add_lr_scheduler_args(ExponentialLR)
 
-    cli = Fixed(Net, run=False, args=["--optimizer.lr=0.2", "--lr_scheduler.gamma=0.5"])
+    cli = Fixed(CommandNet, run=False, args=["--optimizer.lr=0.2", "--lr_scheduler.gamma=0.5"])
     (optimizer,), (scheduler,) = cli.model.configure_optimizers()
     assert (type(optimizer), optimizer.param_groups[0]["lr"]) == (torch.optim.AdamW, 0.2)
     assert (type(scheduler), scheduler.gamma) == (ExponentialLR, 0.5)
@@ -50,7 +50,7 @@ def test_only_the_classes_of_a_tuple_can_be_chosen(capsys: pytest.CaptureFixture
             parser.add_optimizer_args((torch.optim.SGD, torch.optim.Adam))
 
     with pytest.raises(SystemExit, match="2"):
-        Either(Net, run=False, args=["--optimizer=Adagrad"])
+        Either(CommandNet, run=False, args=["--optimizer=Adagrad"])
     assert "Adagrad" in capsys.readouterr().err
 
 
@@ -62,7 +62,7 @@ def test_the_arguments_can_go_to_the_module_instead() -> None:
 
     made = []
 
-    class TwoOptimizers(Net):
+    class TwoOptimizers(CommandNet):
         def __init__(self, first: dict[str, Any], second: dict[str, Any]) -> None:
             super().__init__()
             made.extend(instantiate_class(self.parameters(), init) for init in (first, second))
@@ -81,7 +81,7 @@ def test_two_automatic_optimizers_are_refused() -> None:
             parser.add_optimizer_args(nested_key="two")
 
     with pytest.raises(MisconfigurationException, match="arguments of one, two, lr_scheduler are all link_to='AUTOM"):
-        Twice(Net, run=False, args=["--one=SGD", "--two=Adam"])
+        Twice(CommandNet, run=False, args=["--one=SGD", "--two=Adam"])
 
 
 def test_what_makes_an_optimizer_can_be_an_argument() -> None:
@@ -103,7 +103,7 @@ def test_configure_optimizers_of_the_command_line_can_be_overridden() -> None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
 
     words = ["fit", *BARE, "--optimizer=SGD", "--optimizer.lr=0.25", "--lr_scheduler=StepLR"]
-    cli = Doubling(Net, Data, args=[*words, "--lr_scheduler.step_size=9"])
+    cli = Doubling(CommandNet, CommandData, args=[*words, "--lr_scheduler.step_size=9"])
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.5
     assert cli.trainer.lr_scheduler_configs[0].interval == "step"
 
@@ -116,14 +116,14 @@ def test_a_module_that_brings_its_optimizer_is_told_when_another_takes_its_place
 
 
 def test_parameters_that_are_made_late_are_optimized_too() -> None:
-    class Late(Net):
+    class Late(CommandNet):
         def configure_model(self) -> None:
             self.second = torch.nn.Linear(2, 1)
 
-    cli = UnsavedCLI(Late, Data, args=["fit", *BARE, "--optimizer=SGD"])
+    cli = UnsavedCLI(Late, CommandData, args=["fit", *BARE, "--optimizer=SGD"])
     assert cli.trainer.optimizers[0].param_groups[0]["params"] == list(cli.model.parameters())
 
 
 def test_a_copy_of_the_module_optimizes_its_own_parameters() -> None:
-    copied = copy.deepcopy(LightningCLI(Net, run=False, args=["--optimizer=SGD"]).model)
+    copied = copy.deepcopy(LightningCLI(CommandNet, run=False, args=["--optimizer=SGD"]).model)
     assert copied.configure_optimizers().param_groups[0]["params"][0] is copied.first.weight

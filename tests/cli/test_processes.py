@@ -18,7 +18,7 @@ from lightlite.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
 
-class Net(pl.LightningModule):
+class CommandNet(pl.LightningModule):
     def __init__(self, activation: nn.Module, scale: float = 1.0, size: int = 1):
         super().__init__()
         self.save_hyperparameters()
@@ -37,7 +37,7 @@ class CLI(LightningCLI):
     def after_fit(self):
         print("weight", self.trainer.world_size, repr(self.model.layer.weight.item()), flush=True)
 
-CLI(Net)
+CLI(CommandNet)
 """
 WORDS = [
     "fit", "--model.activation=Tanh", "--model.scale=0.5", "--optimizer=SGD", "--optimizer.lr=0.5",

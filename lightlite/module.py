@@ -19,6 +19,7 @@ from lightlite.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightlite.hparams import HyperparametersMixin
 from lightlite.optim import LightningOptimizer
 from lightlite.restore import module_from_checkpoint
+from lightlite.utilities.compile import compile_steps
 
 if TYPE_CHECKING:
     from lightlite.results import Recorder
@@ -49,7 +50,14 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         self.prepare_data_per_node = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **dict.fromkeys(self._not_sent)}
+        compiled = self.__dict__.get("_compiled_steps", ())
+        state = {name: value for name, value in self.__dict__.items() if name not in compiled}
+        return {**state, **dict.fromkeys(self._not_sent)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_compiled_steps" in state:
+            compile_steps(self, state["_compiled_steps"], state["_compiler"])
 
     def attach(self, trainer: Trainer | None, recorder: Recorder | None) -> None:
         """Make a trainer and its recorder known to the module; the trainer calls it."""

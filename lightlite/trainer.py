@@ -39,6 +39,7 @@ from lightlite.progress import STAGES, FitProgress, TrainerFn, TrainerState
 from lightlite.registry import callbacks_of_packages
 from lightlite.results import Recorder
 from lightlite.run import SESSION, Run, checkpoints_last
+from lightlite.utilities.compile import from_compiled
 from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -503,12 +504,8 @@ def _has(callbacks: list[Callback], kind: type) -> Callback | None:
 
 
 def _unwrapped(model: Any, fn: str) -> LightningModule:
-    module = getattr(model, "_orig_mod", model)
-    if module is not model:
-        rank_zero_warn(
-            f"Trainer.{fn}() runs the module that was given to torch.compile, uncompiled; compile what it calls "
-            "instead, as in self.net = torch.compile(self.net)"
-        )
+    compiled = isinstance(getattr(model, "_orig_mod", None), LightningModule)
+    module = from_compiled(model) if compiled else model
     if not isinstance(module, LightningModule):
         raise TypeError(
             f"Trainer.{fn}() was given {type(model).__name__} as model; give a LightningModule (wrap an "

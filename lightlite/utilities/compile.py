@@ -27,11 +27,17 @@ def from_compiled(model: Any) -> Any:
     if not isinstance(module, nn.Module) or not hasattr(module, "training_step"):
         what = type(model if module is None else module).__name__
         raise ValueError(f"from_compiled was given {what}; give what torch.compile returned for a LightningModule")
-    compiled = [name for name in STEPS if name == "forward" or is_overridden(name, module)]
-    for name in compiled:
-        setattr(module, name, model.dynamo_ctx(getattr(module, name)))
-    module.__dict__["_compiled_steps"] = compiled
+    if "_compiled_steps" not in module.__dict__:
+        names = [name for name in STEPS if name == "forward" or is_overridden(name, module)]
+        compile_steps(module, names, model.dynamo_ctx)
     return module
+
+
+def compile_steps(module: Any, names: list[str], compiler: Any) -> None:
+    """Put compiled methods in the place of the module's own; both are noted, for a copy of it to be compiled alike."""
+    for name in names:
+        module.__dict__[name] = compiler(getattr(module, name))
+    module.__dict__.update(_compiled_steps=names, _compiler=compiler)
 
 
 def to_uncompiled(model: Any) -> Any:
@@ -42,6 +48,7 @@ def to_uncompiled(model: Any) -> Any:
     """
     module = getattr(model, "_orig_mod", model)
     compiled = getattr(module, "__dict__", {}).pop("_compiled_steps", None)
+    getattr(module, "__dict__", {}).pop("_compiler", None)
     if compiled is None and module is model:
         raise ValueError(
             f"to_uncompiled was given {type(model).__name__}, which is not compiled; give what from_compiled or "

@@ -55,7 +55,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         return {**state, **dict.fromkeys(self._not_sent)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_compiled_steps" in state:
             compile_steps(self, state["_compiled_steps"], state["_compiler"])
 

@@ -33,7 +33,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
     `predict_step` and the hooks. Names, arguments and order are those of Lightning 2.x.
     """
 
-    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder", "_fabric")
+    _not_sent: ClassVar[tuple[str, ...]] = ("_trainer", "_recorder")
 
     # What a subclass may set in `__init__`, on the class, or by a property of its own.
     automatic_optimization: bool = True
@@ -71,11 +71,11 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             RuntimeError: While none does.
         """
         trainer = self.__dict__.get("_trainer")
-        if trainer is None:
+        if trainer is None and not self.__dict__.get("_exporting"):  # TorchScript looks at every attribute
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a Trainer; call trainer.fit(module) or another first"
             )
-        return trainer  # type: ignore[no-any-return]
+        return trainer  # type: ignore[return-value]
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
@@ -83,12 +83,8 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
 
     @property
     def fabric(self) -> Any:
-        """The Fabric that runs this module in a loop of the user's own, or None."""
-        return self.__dict__.get("_fabric")
-
-    @fabric.setter
-    def fabric(self, fabric: Any) -> None:
-        self.__dict__["_fabric"] = fabric
+        """The Fabric that set this module up for a loop of the user's own, or None."""
+        return getattr(self.__dict__.get("_trainer"), "fabric", None)
 
     @property
     def device(self) -> torch.device:
@@ -479,13 +475,10 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             kwargs: For `torch.onnx.export`.
         """
         sample = self._sample(input_sample, "to_onnx")
-        mode = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                return torch.onnx.export(self, sample if isinstance(sample, tuple) else (sample,), file_path, **kwargs)
-        finally:
-            self.train(mode)
+        with self._exportable():
+            if isinstance(sample, Mapping):
+                return torch.onnx.export(self, (), file_path, kwargs=dict(sample), **kwargs)
+            return torch.onnx.export(self, sample if isinstance(sample, tuple) else (sample,), file_path, **kwargs)
 
     def to_torchscript(
         self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
@@ -493,19 +486,28 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         """Compile to TorchScript by "script" or "trace", and save to `file_path` if given."""
         if method not in ("script", "trace"):
             raise ValueError(f"to_torchscript(method={method!r}): allowed are 'script' and 'trace'")
-        mode = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                if method == "script":
-                    compiled = torch.jit.script(self, **kwargs)
-                else:
-                    compiled = torch.jit.trace(self, self._sample(example_inputs, "to_torchscript"), **kwargs)
-        finally:
-            self.train(mode)
+        with self._exportable():
+            if method == "script":
+                compiled = torch.jit.script(self, **kwargs)
+            else:
+                compiled = torch.jit.trace(self, self._sample(example_inputs, "to_torchscript"), **kwargs)
         if file_path is not None:
             torch.jit.save(compiled, str(file_path))
         return compiled
+
+    @contextmanager
+    def _exportable(self) -> Iterator[None]:
+        """Without a trainer, gradients, or what is for training only."""
+        mode, trainer = self.training, self.__dict__["_trainer"]
+        self.__dict__.update(_exporting=True, _trainer=None)
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(mode)
+            self.__dict__["_trainer"] = trainer
+            del self.__dict__["_exporting"]
 
     def _sample(self, given: Any, what: str) -> Any:
         sample = self.example_input_array if given is None else given
@@ -514,3 +516,12 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         from lightlite.nest import move_to
 
         return move_to(sample, self.device)
+
+
+# TorchScript compiles the attributes and properties of a module, unless it is told which ones are of no use there.
+LightningModule.__jit_ignored_attributes__ = [  # type: ignore[attr-defined]
+    "automatic_optimization", "strict_loading", "example_input_array", "prepare_data_per_node",
+]  # fmt: skip
+LightningModule.__jit_unused_properties__ = [  # type: ignore[attr-defined]
+    name for base in LightningModule.__mro__ for name, member in vars(base).items() if isinstance(member, property)
+]

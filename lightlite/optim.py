@@ -30,10 +30,13 @@ class LightningOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.scaler: torch.amp.GradScaler | None = None
-        self.before_step: Callable[[Optimizer], None] | None = None
-        """Set in manual optimization: hooks and counting, which the training step does otherwise."""
+        self.peers: Sequence[LightningOptimizer] = ()
+        """All that share the scaler."""
         self.after_closure: Callable[[], None] | None = None
-        """Set in automatic optimization, where gradients are to be shown to hooks or clipped before a step."""
+        """Set where gradients are to be shown to hooks or clipped before a step."""
+        self.count_step: Callable[[], None] | None = None
+        """Set in manual optimization; in automatic optimization the training step counts."""
+        self._unscaled = False
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.toggled: Callable[[LightningOptimizer], AbstractContextManager[Any]] = lambda _: nullcontext()
 
@@ -58,26 +61,38 @@ class LightningOptimizer:
                 optimizer itself calls it, once or (LBFGS) several times.
             kwargs: Handed to the optimizer.
         """
-        if self.before_step is not None:
-            self.before_step(self.optimizer)
         if self.after_closure is not None:
             closure = self._finishing(closure, self.after_closure)
         if self.scaler is not None:
-            return self._scaled_step(closure, **kwargs)
-        return self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
+            result = self._scaled_step(closure, **kwargs)
+        else:
+            result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
+        if self.count_step is not None:
+            self.count_step()
+        return result
 
-    @staticmethod
-    def _finishing(closure: Callable[[], Any] | None, finish: Callable[[], None]) -> Callable[[], Any] | None:
+    def unscale(self) -> None:
+        """Take the scaler's factor out of the gradients, once before a step; nothing without a scaler."""
+        if self.scaler is not None and not self._unscaled:
+            self.scaler.unscale_(self.optimizer)
+            self._unscaled = True
+
+    def _finishing(self, closure: Callable[[], Any] | None, finish: Callable[[], None]) -> Callable[[], Any] | None:
         if closure is None:
             finish()
             return None
 
         def evaluate() -> Any:
             loss = closure()
-            finish()
+            if not self._skips(loss):
+                finish()
             return loss
 
         return evaluate
+
+    def _skips(self, loss: Any) -> bool:
+        """Whether an automatic training_step skipped its batch, which leaves the scaler nothing to look at."""
+        return loss is None and self.scaler is not None and self.count_step is None
 
     def _scaled_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         scaler = self.scaler
@@ -87,10 +102,13 @@ class LightningOptimizer:
                 "LBFGS evaluates its closure several times a step, which a gradient scaler cannot follow; "
                 "use precision='bf16-mixed' or '32-true' instead of '16-mixed'"
             )
-        if closure is not None and closure() is None:
-            return None  # training_step skipped the batch
+        if closure is not None and self._skips(closure()):
+            return None
         result = scaler.step(self.optimizer, **kwargs)
-        scaler.update()
+        self._unscaled = False
+        # An update makes the scaler forget whose gradients it has unscaled: not before those have stepped.
+        if not any(peer._unscaled for peer in self.peers):
+            scaler.update()
         return result
 
     @contextmanager

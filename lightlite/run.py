@@ -232,6 +232,9 @@ class Run(TrainerFacts):
         config.check_clipping(value, algorithm)
         if not value:
             return
+        for wrapped in self.wrapped_optimizers:
+            if wrapped.optimizer is getattr(optimizer, "optimizer", optimizer):
+                wrapped.unscale()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.strategy.clip_gradients(parameters, value, algorithm)
 

@@ -210,7 +210,7 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
     trainer.lr_scheduler_configs = schedulers
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]
     for wrapped in trainer.wrapped_optimizers:
-        wrapped.scaler = trainer.precision_plugin.scaler
+        wrapped.scaler, wrapped.peers = trainer.precision_plugin.scaler, trainer.wrapped_optimizers
         wrapped.no_sync = trainer.strategy.no_sync
         wrapped.toggled = module.toggled_optimizer
 

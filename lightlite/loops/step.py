@@ -5,6 +5,7 @@ Whatever can be decided before the first batch is decided in `__init__`; what no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -240,8 +241,7 @@ class TrainStep:
             self._rescale(self._window / self.micro_batch)
         if not self._before_step and not self._clipping:
             return
-        if self._scaler is not None:
-            self._scaler.unscale_(optimizer.optimizer)
+        optimizer.unscale()
         for hook in self._before_step:
             hook(optimizer)
         for clip in self._clipping:
@@ -325,7 +325,9 @@ class ManualStep:
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
         _refuse_automatic_settings(trainer)
         for optimizer in trainer.wrapped_optimizers:
-            optimizer.before_step = self._count_step
+            optimizer.count_step = self._count_step
+            if self._hooks:
+                optimizer.after_closure = functools.partial(self._show_gradients, optimizer)
             if not isinstance(trainer.profiler, PassThroughProfiler):
                 optimizer.step = trainer.profiler.wrap("optimizer_step", optimizer.step)  # type: ignore[method-assign]
 
@@ -363,9 +365,12 @@ class ManualStep:
             "training_step itself steps the optimizers; leave out the callback that set it"
         )
 
-    def _count_step(self, optimizer: Any) -> None:
+    def _show_gradients(self, optimizer: LightningOptimizer) -> None:
+        optimizer.unscale()
         for hook in self._hooks:
-            hook(optimizer)
+            hook(optimizer.optimizer)
+
+    def _count_step(self) -> None:
         self._progress.optimizer_steps += 1
 
 

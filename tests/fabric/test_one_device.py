@@ -326,6 +326,7 @@ def test_a_lightning_module_logs_and_is_called_as_a_callback(tmp_path: Path) -> 
     assert inner.ended == 1
     assert inner.optimizers() is optimizer
     assert inner.logger is fabric.logger
+    assert inner.fabric is fabric
     assert inner.device == fabric.device
     assert (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().startswith("loss,step")
     with pytest.raises(AttributeError, match=r"trainer\.max_epochs: the module was set up by a Fabric"):

@@ -20,6 +20,7 @@ fabric = Fabric(accelerator="cpu", devices={devices})
 {launch}
 ranks = fabric.all_gather(fabric.global_rank).tolist()
 fabric.print(ranks, sys.argv[1:], flush=True)
+fabric.barrier()  # rank 1 fails only after rank 0 has printed
 if "fail" in sys.argv and fabric.global_rank == 1:
     raise ValueError("on purpose")
 fabric.barrier()

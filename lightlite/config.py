@@ -300,6 +300,8 @@ class Limits:
             self.limit_val_batches = self.overfit_batches
         steps = 2 if self.num_sanity_val_steps is None else self.num_sanity_val_steps
         self.num_sanity_val_steps = math.inf if steps == -1 else steps
+        if self.min_epochs is None and self.min_steps is not None:
+            self.min_epochs = 1
         self.log_every_n_steps = 50 if self.log_every_n_steps is None else self.log_every_n_steps
         self.val_check_time: timedelta | None = None
         self._read_val_check_interval()

@@ -188,7 +188,7 @@ class Recorder:
 
     def take_steps(self) -> dict[str, Any]:
         """What was logged on_step in this batch, for the loggers, by key; left on the device. For evaluation."""
-        self._publish_fresh()
+        self.publish_fresh()
         entries = self._fresh_steps()
         for entry in entries:
             entry.fresh = False
@@ -209,7 +209,7 @@ class Recorder:
         if entry.prog_bar:
             self._progress_bar[entry.step_key] = value
 
-    def _publish_fresh(self) -> None:
+    def publish_fresh(self) -> None:
         """Show this rank's latest values to whoever asks in the middle of an epoch."""
         if self.active is None:
             return
@@ -232,7 +232,7 @@ class Recorder:
         """
         results = self.active
         assert results is not None
-        self._publish_fresh()
+        self.publish_fresh()
         entries = {entry.place: entry for entry in results.entries.values() if entry.on_epoch and not entry.reduced}
         shares = {place: entry.share() for place, entry in entries.items() if entry.metric is None}
         shares |= {
@@ -317,19 +317,19 @@ class Recorder:
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The latest of everything logged, for callbacks and schedulers, who may add to it; never collective."""
-        self._publish_fresh()
+        self.publish_fresh()
         return self._callback
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """The latest of everything that is for the loggers, whether or not its turn to be logged has come."""
-        self._publish_fresh()
+        self.publish_fresh()
         return dict(self.logged)
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """The latest of what was logged with prog_bar=True, as numbers; waits for the device."""
-        self._publish_fresh()
+        self.publish_fresh()
         return dict(zip(self._progress_bar, numbers(list(self._progress_bar.values())), strict=True))
 
 

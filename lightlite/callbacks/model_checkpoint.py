@@ -350,7 +350,8 @@ class ModelCheckpoint(Checkpoint):
             f"{', '.join(sorted(candidates))}. Call self.log({self.monitor!r}, ...) in the module, or "
             "monitor one of these"
         )
-        if self._validated:
+        # Within the first epoch, what belongs to the end of a training epoch cannot be there yet.
+        if self._validated and (self._every_n_epochs or candidates["epoch"] > 0):
             raise MisconfigurationException(message)
         self._warnings.warn(f"{message}. Nothing is saved until it is there.")
 

@@ -199,6 +199,7 @@ class EvaluationLoop(_BatchLoop):
         if self._has_nothing_to_do():
             return []
         trainer, recorder = self.trainer, self.trainer.recorder
+        recorder.publish_fresh()  # what training has logged last, for callbacks that watch it at validation's end
         former, former_stage = recorder.active, trainer.state.stage
         trainer.state.stage = self.stage
         whole = self.num_batches

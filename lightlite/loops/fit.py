@@ -149,7 +149,7 @@ class FitLoop:
         """Run a few validation batches, leaving no trace but the errors they reveal."""
         trainer = self.trainer
         steps = trainer.num_sanity_val_steps
-        if not self._validates or steps == 0 or self.progress.batches_total:
+        if not self._validates or steps == 0 or trainer.ckpt_path is not None:
             return
         with isolate_rng():
             trainer.state.stage = RunningStage.SANITY_CHECKING
@@ -273,9 +273,14 @@ class FitLoop:
         if not self._alone:
             self._agreed_to_stop = self.trainer.should_stop = any(distributed.gather_objects(self.trainer.should_stop))
 
+    @property
+    def _asked_to_stop(self) -> bool:
+        """Whether somebody asked to stop, and all ranks know it."""
+        return self.trainer.should_stop if self._alone else self._agreed_to_stop
+
     def _stops(self) -> bool:
         """Whether somebody asked to stop, all ranks know it, and enough has been trained."""
-        return (self.trainer.should_stop if self._alone else self._agreed_to_stop) and self._may_stop()
+        return self._asked_to_stop and self._may_stop()
 
     def _may_stop(self) -> bool:
         trainer, progress = self.trainer, self.progress
@@ -391,7 +396,11 @@ class FitLoop:
         for hook in hooks:
             answer = hook(batch, batch_idx)
         stopped = answer == -1 and is_overridden("on_train_batch_start", self.module, LightningModule)
-        self.progress.last_batch |= stopped
+        if stopped:  # schedulers and the count of batches go on as after an epoch's last batch
+            self.progress.last_batch = True
+            self.progress.batches_total += 1
+            for interval in ("step", "epoch"):
+                self._step_those(interval, plateau=False, batches=batch_idx + 1)
         return stopped
 
     def end_epoch(self) -> None:
@@ -441,7 +450,8 @@ class FitLoop:
             Whether the epoch ends here.
         """
         trainer, progress = self.trainer, self.progress
-        if (progress.batches_that_stepped + 1) % self._log_every == 0 and not self.step.micro_batch:
+        due = (progress.batches_that_stepped + 1) % self._log_every == 0 or self._asked_to_stop
+        if due and not self.step.micro_batch:
             self._agree_to_stop()
             trainer.log_metrics(self.recorder.step_metrics())
         if self._validates and not progress.validated and self._validation_due(batch_idx):
@@ -529,9 +539,9 @@ class FitLoop:
         if self.schedulers and (interval == "step" or self.progress.last_batch):
             self._step_those(interval, plateau=True)
 
-    def _step_those(self, interval: str, plateau: bool) -> None:
+    def _step_those(self, interval: str, plateau: bool, batches: int | None = None) -> None:
         progress = self.progress
-        count = progress.batches_in_epoch if interval == "step" else progress.epoch + 1
+        count = progress.epoch + 1 if interval == "epoch" else progress.batches_in_epoch if batches is None else batches
         step = self.trainer.hooks.of_module("lr_scheduler_step") or (self.module.lr_scheduler_step,)
         for config in self.schedulers:
             if config.reduce_on_plateau is not plateau or config.interval != interval or count % config.frequency:

@@ -279,9 +279,9 @@ class TrainStep:
         )
 
     @staticmethod
-    def _described(output: Any, loss: Tensor | None) -> dict[str, Any] | None:
+    def _described(output: Any, loss: Tensor | None) -> dict[str, Any]:
         if loss is None:
-            return None
+            return {}
         extra = dict(output) if isinstance(output, Mapping) else {}
         return {**extra, "loss": loss.detach()}
 

@@ -171,3 +171,118 @@ def test_the_loaders_of_an_evaluation_are_there_afterwards(tmp_path: Path) -> No
     trainer.test(ManyLoadersNet(), test, verbose=False)
 
     assert (trainer.val_dataloaders, trainer.test_dataloaders, trainer.predict_dataloaders) == (val, test, None)
+
+
+def test_what_training_logged_last_can_be_watched_at_the_end_of_a_validation(tmp_path: Path) -> None:
+    class Logging(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.log("seen", float(batch_idx))
+
+    class Watching(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(trainer.callback_metrics["seen"].item())
+
+    seen: list[float] = []
+    trainer = quiet_trainer(tmp_path, log_every_n_steps=50, val_check_interval=1, callbacks=Watching())
+    trainer.fit(Logging(), regression_loader(3), regression_loader(1))
+
+    assert seen == [0.0, 1.0, 2.0]
+
+
+def test_a_second_fit_checks_its_sanity_but_a_resumed_one_does_not(tmp_path: Path) -> None:
+    class Counting(pl.Callback):
+        checks = 0
+
+        def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+            self.checks += 1
+
+    counting = Counting()
+    trainer = quiet_trainer(tmp_path, num_sanity_val_steps=1, callbacks=counting)
+    model = Net()
+    trainer.fit(model, regression_loader(2), regression_loader(1))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, regression_loader(2), regression_loader(1))
+    assert counting.checks == 2
+
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, regression_loader(2), regression_loader(1), ckpt_path=tmp_path / "one.ckpt")
+    assert counting.checks == 2
+
+
+def test_hooks_are_given_an_empty_dict_for_a_batch_that_was_passed_over(tmp_path: Path) -> None:
+    class PassingOver(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else self.loss(batch)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            given.append(list(outputs))
+
+    given: list[list[str]] = []
+    quiet_trainer(tmp_path).fit(PassingOver(), regression_loader(3))
+
+    assert given == [["loss"], [], ["loss"]]
+
+
+def test_the_last_step_before_a_stop_is_logged(tmp_path: Path) -> None:
+    class Stopping(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("index", float(batch_idx))
+            self.trainer.should_stop = batch_idx == 1
+            return self.loss(batch)
+
+    trainer = quiet_trainer(tmp_path, log_every_n_steps=3, logger=pl.loggers.CSVLogger(tmp_path, name="", version=""))
+    trainer.fit(Stopping(), regression_loader(4))
+
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1].split(",") == ["0", "1.0", "1"]
+
+
+def test_an_epoch_that_is_cut_short_counts_for_schedulers_and_validation(tmp_path: Path) -> None:
+    class Skipping(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 1.0)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 1 else None
+
+        def on_validation_end(self) -> None:
+            validated.append(self.trainer.current_epoch)
+
+    validated: list[int] = []
+    trainer = quiet_trainer(tmp_path, max_epochs=4, val_check_interval=3, check_val_every_n_epoch=None)
+    trainer.fit(Skipping(), regression_loader(4), regression_loader(1))
+
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**4
+    assert validated == [1]  # after batches 0 and, cut short, 1 of the first epoch, and batch 0 of the second
+
+
+def test_with_min_steps_an_epoch_is_finished_before_stopping(tmp_path: Path) -> None:
+    class Stopping(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.trainer.should_stop = True
+
+    trainer = quiet_trainer(tmp_path, max_epochs=3, min_steps=1)
+    trainer.fit(Stopping(), regression_loader(4))
+
+    assert (trainer.min_epochs, trainer.current_epoch, trainer.global_step) == (1, 1, 4)
+
+
+def test_checkpoints_by_steps_wait_for_a_value_of_a_whole_training_epoch(tmp_path: Path) -> None:
+    class Logging(Net):
+        def on_train_epoch_end(self) -> None:
+            self.log("whole", 1.0)
+
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, monitor="whole", every_n_train_steps=4)
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=checkpoint, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="Nothing is saved until it is there"):
+        trainer.fit(Logging(), regression_loader(4), regression_loader(1))
+    assert Path(checkpoint.best_model_path).name == "epoch=1-step=8.ckpt"
+
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / "other", monitor="hole", every_n_train_steps=4)
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=checkpoint, enable_checkpointing=True)
+    with (
+        pytest.warns(UserWarning, match="Nothing is saved until it is there"),
+        pytest.raises(pl.errors.MisconfigurationException, match="monitor='hole'.*whole"),
+    ):
+        trainer.fit(Logging(), regression_loader(4), regression_loader(1))

@@ -283,6 +283,6 @@ def test_checkpoints_by_steps_wait_for_a_value_of_a_whole_training_epoch(tmp_pat
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=checkpoint, enable_checkpointing=True)
     with (
         pytest.warns(UserWarning, match="Nothing is saved until it is there"),
-        pytest.raises(pl.errors.MisconfigurationException, match="monitor='hole'.*whole"),
+        pytest.raises(pl.errors.MisconfigurationException, match=r"monitor='hole'.*whole"),
     ):
         trainer.fit(Logging(), regression_loader(4), regression_loader(1))

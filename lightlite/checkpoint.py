@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LAYOUT_VERSION = "2.6.0"
 """The Lightning version whose layout this is."""
 
+FORMAT = 1
+"""Version of what lies under "lightlite"; higher where an older lightlite would go on from it wrongly."""
+
 
 def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     """Everything that a checkpoint of this moment holds. A collective call.
@@ -51,6 +54,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         if precision.state_dict():
             checkpoint[type(precision).__qualname__] = precision.state_dict()
         checkpoint["lightlite"] = {
+            "format": FORMAT,
             "progress": trainer.progress.state_dict(),
             "random": distributed.gather_objects(_random_states(trainer)),
             "window": distributed.gather_objects(trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}),
@@ -216,17 +220,12 @@ class Restorer:
         """Put back the module's weights, the data module and the callbacks.
 
         Raises:
-            CheckpointError: Where the file is no checkpoint of a module.
+            CheckpointError: Where the file is no checkpoint of a trainer, or not what the call needs.
         """
         checkpoint, trainer = self._checkpoint, self._trainer
         if checkpoint is None:
             return
-        if "state_dict" not in checkpoint:
-            keys = ", ".join(map(str, list(checkpoint)[:5]))
-            raise CheckpointError(
-                f"{self._path} is no checkpoint of a trainer: it has no 'state_dict', but {keys}, …; for bare "
-                "weights use module.load_state_dict(torch.load(path))"
-            )
+        self._check(checkpoint)
         for owner in (self._datamodule, self._module):
             if owner is not None and is_overridden("on_load_checkpoint", owner, CheckpointHooks):
                 owner.on_load_checkpoint(checkpoint)
@@ -239,6 +238,26 @@ class Restorer:
                 self._datamodule.load_state_dict(state)
         self._restore_callbacks(checkpoint)
         rank_zero_info(f"restored from {self._path}")
+
+    def _check(self, checkpoint: dict[str, Any]) -> None:
+        """See that it is what this call needs, before anything is changed."""
+        if "state_dict" not in checkpoint:
+            keys = ", ".join(map(str, list(checkpoint)[:5]))
+            raise CheckpointError(
+                f"{self._path} is no checkpoint of a trainer: it has no 'state_dict', but {keys}, …; for bare "
+                "weights use module.load_state_dict(torch.load(path))"
+            )
+        written = checkpoint.get("lightlite", {}).get("format", FORMAT)
+        if written > FORMAT:
+            raise CheckpointError(
+                f"{self._path} was written by a newer lightlite, in format {written}, and this one knows formats up to "
+                f"{FORMAT}: upgrade it with pip install -U lightlite"
+            )
+        if self._trainer.state.fn is TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                f"{self._path} holds weights only, so training cannot go on from it; load the weights with "
+                f"{type(self._module).__name__}.load_from_checkpoint, and fit without ckpt_path"
+            )
 
     def _restore_callbacks(self, checkpoint: dict[str, Any]) -> None:
         """Put back what callbacks know; in evaluation all but which checkpoints a fit has written since."""
@@ -262,16 +281,11 @@ class Restorer:
         """Put back optimizers, schedulers, counters and random states.
 
         Raises:
-            CheckpointError: Where the checkpoint holds weights only, or other optimizers than the module has.
+            CheckpointError: Where the checkpoint holds other optimizers than the module has.
         """
         checkpoint, trainer = self._checkpoint, self._trainer
         if checkpoint is None:
             return
-        if "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                f"{self._path} holds weights only, so training cannot go on from it; load the weights with "
-                f"{type(self._module).__name__}.load_from_checkpoint, and fit without ckpt_path"
-            )
         self._restore_optimizers(checkpoint)
         own = checkpoint.get("lightlite")
         if own is None:

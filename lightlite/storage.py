@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -49,18 +51,56 @@ def write(checkpoint: Mapping[str, Any], path: PathLike) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         raise CheckpointError(f"cannot write the checkpoint {target}: there is a folder of that name")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    _sweep(target.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _temporary(target) as (file, temporary):
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+        raise CheckpointError(
+            f"the checkpoint {target} could not be written: {error}. What was there before is there still"
+        ) from error
     _sync_folder(target.parent)
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[tuple[IO[bytes], str]]:
+    """A file beside `target` to write to, locked for as long as somebody does; removed if it is not renamed."""
+    while True:
+        handle, path = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED)
+        _lock(handle)
+        if os.path.exists(path):
+            break
+        os.close(handle)  # somebody swept it away before it was locked
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file, path
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file; False where another process has it locked, or the file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers left unfinished that were killed."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        with suppress(OSError), path.open("rb") as file:
+            if _lock(file.fileno()):
+                path.unlink(missing_ok=True)
+
+
+UNFINISHED = ".ckpt-tmp"
+"""How the name of a file ends that is being written."""
 
 
 def _umask() -> int:
@@ -161,7 +201,26 @@ def read(path: PathLike | IO[bytes], map_location: Any = "cpu") -> dict[str, Any
         raise CheckpointError(f"the checkpoint {source} may not be read by this user") from None
 
 
+def _check_sums(file: Any, name: str) -> None:
+    """Compare the checksums that a zip archive keeps of its records; torch reads without doing so.
+
+    Raises:
+        CorruptCheckpointError: Naming the first record that was changed after it was written.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # whatever a flipped bit makes of an archive's directory
+        raise CorruptCheckpointError(f"{name} is damaged: {type(error).__name__}: {error}") from None
+    if damaged is not None:
+        raise CorruptCheckpointError(f"{name} is damaged: its record {damaged} does not have the checksum kept of it")
+
+
 def _load(file: Any, name: str, map_location: Any) -> dict[str, Any]:
+    _check_sums(file, name)
+    file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -104,9 +104,9 @@ def main() -> None:
     for name in make(folder / "sound.ckpt", folder / "bad", folder / "evidence"):
         try:
             storage.read(folder / "bad" / name)
-            print(f"{name}: readable")  # noqa: T201
+            print(f"{name}: readable")
         except pl.errors.CheckpointError as error:
-            print(f"{name}: {type(error).__name__}: {error}")  # noqa: T201
+            print(f"{name}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

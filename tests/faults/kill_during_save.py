@@ -73,7 +73,7 @@ def one_trial(folder: Path, megabytes: float, delay: float) -> Counter[str]:
             found["not whole"] += not is_whole(path)
         except Exception as error:  # whatever it is, it is what is looked for
             found["not loadable"] += 1
-            print(f"{path.name}: {type(error).__name__}: {error}", flush=True)  # noqa: T201
+            print(f"{path.name}: {type(error).__name__}: {error}", flush=True)
     storage.write(state(0, 0.01), folder / NAMES[0])
     found["litter after the next save"] += any(not path.name.endswith(".ckpt") for path in folder.iterdir())
     return found
@@ -97,7 +97,7 @@ def main() -> int:
         for trial in range(options.trials):
             total += one_trial(Path(folder), options.megabytes, chance.uniform(0, 3 * took))
             if (trial + 1) % 100 == 0:
-                print(f"{trial + 1} trials: {dict(total)}", flush=True)  # noqa: T201
+                print(f"{trial + 1} trials: {dict(total)}", flush=True)
     wrong = {
         name: count
         for name, count in total.items()

@@ -214,7 +214,9 @@ class Restorer:
         self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, path: str | None
     ) -> None:
         self._trainer, self._module, self._datamodule, self._path = trainer, module, datamodule, path
-        self._checkpoint: dict[str, Any] | None = None if path is None else storage.read(path)
+        self._checkpoint: dict[str, Any] | None = None
+        if path is not None:
+            self._checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path)
 
     def restore_module(self) -> None:
         """Put back the module's weights, the data module and the callbacks.

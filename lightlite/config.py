@@ -14,7 +14,7 @@ import torch
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
-from lightlite.interfaces import Accelerator, ClusterEnvironment, Launcher, Precision, Strategy
+from lightlite.interfaces import Accelerator, CheckpointIO, ClusterEnvironment, Launcher, Precision, Strategy
 from lightlite.profilers import AdvancedProfiler, PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightlite.registry import (
     AcceleratorRegistry,
@@ -24,6 +24,7 @@ from lightlite.registry import (
     Registry,
     StrategyRegistry,
 )
+from lightlite.saving import TorchCheckpointIO
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Instance = TypeVar("Instance")
@@ -109,9 +110,10 @@ def choose_hardware(
     """
     extras = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     for extra in extras:
-        if not isinstance(extra, (Precision, ClusterEnvironment)):
+        if not isinstance(extra, (Precision, ClusterEnvironment, CheckpointIO)):
             raise MisconfigurationException(
-                f"plugins holds {extra!r} ({type(extra).__name__}); give instances of Precision or ClusterEnvironment"
+                f"plugins holds {extra!r} ({type(extra).__name__}); give instances of Precision, ClusterEnvironment or "
+                "CheckpointIO"
             )
     if accelerator == "ddp":
         accelerator, strategy = "auto", "ddp" if strategy == "auto" else strategy
@@ -139,6 +141,10 @@ def choose_hardware(
         raise MisconfigurationException(
             f"strategy={strategy!r} works on one device, but {ranks.world_size} were asked for; use strategy='ddp'"
         )
+    writers = [extra for extra in extras if isinstance(extra, CheckpointIO)]
+    if len(writers) > 1:
+        raise MisconfigurationException(f"plugins={writers!r}: give one CheckpointIO")
+    policy.checkpoint_io = writers[0] if writers else TorchCheckpointIO()
     return Hardware(
         accelerator=chosen,
         strategy=policy,

@@ -96,7 +96,6 @@ LEFT_OUT = {
     r"litlogger": "LitLogger is left out of lightlite",
     r"pruning": "pruning is left out of lightlite",
     r"servable|^serve$": "serving is left out of lightlite",
-    r"checkpoint_?io|^io$|async_plugin|torch_plugin": "plugins for checkpoint files are left out of lightlite",
     r"layer_?sync|torchsyncbatchnorm": "plugins that synchronize layers are left out of lightlite, which has "
     "Trainer(sync_batchnorm=True)",
     r"parallelstrategy": "the base class of parallel strategies is left out of lightlite, which has Strategy",

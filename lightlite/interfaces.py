@@ -160,6 +160,53 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
+class CheckpointIO(ABC):
+    """Writes, reads and removes checkpoint files. Given as `Trainer(plugins=…)`; rank zero writes and removes.
+
+    The methods that have to be there are those of Lightning's class of the same name.
+
+    Attributes:
+        on_failure: Called, from whatever thread, when what was saved before turns out not to have been: so that the
+            loop looks, by `wait(0)`, before long.
+    """
+
+    on_failure: Callable[[], None] | None = None
+
+    @abstractmethod
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save what a checkpoint holds.
+
+        Args:
+            checkpoint: Nested dicts and lists of tensors and plain data. The tensors are the module's own: what is not
+                written by the time this returns has to be copied first.
+            path: Path or URL.
+            storage_options: What `Trainer.save_checkpoint` was given.
+        """
+
+    @abstractmethod
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read what was saved; nothing is executed by it."""
+
+    @abstractmethod
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint; nothing happens where there is none."""
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something with files as soon as what was saved before is on disk; by default it is by now."""
+        action()
+
+    def is_pending(self, path: Any) -> bool:
+        """Whether a file of that name is on its way to the disk."""
+        return False
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until what was saved is on disk, at most so long, and raise what kept it from being written."""
+
+    def teardown(self) -> None:
+        """A call of the Trainer is over: finish, and release what is held. Another call may follow."""
+        self.wait()
+
+
 class Strategy(ABC):
     """How the ranks of a run work together.
 
@@ -171,9 +218,11 @@ class Strategy(ABC):
         root_device: This rank's device, from `connect` on.
         ranks: This process's place, from `connect` on.
         module: The user's module, bare, from `setup` on.
+        checkpoint_io: What writes and reads checkpoint files.
     """
 
     name: ClassVar[str]
+    checkpoint_io: CheckpointIO
     launcher: ClassVar[str | None] = None
     """Registered name of the launcher that makes the ranks where nobody has made them; None: one process."""
 

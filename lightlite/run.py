@@ -98,6 +98,7 @@ class Run(TrainerFacts):
     def end(self) -> None:
         """The call is over on this rank, well or not."""
         self.running_device = None
+        self.strategy.checkpoint_io.on_failure = None
         self.strategy.disconnect()
         self.strategy_is_set_up = False
         self.state.stage = None

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 
+from lightlite import archive
 from lightlite.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from lightlite.utilities import files
 
@@ -53,10 +54,9 @@ def write(checkpoint: Mapping[str, Any], path: PathLike) -> None:
         raise CheckpointError(f"cannot write the checkpoint {target}: there is a folder of that name")
     _sweep(target.parent)
     try:
-        with _temporary(target) as (file, temporary):
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with _temporary(target) as (handle, temporary):
+            archive.write(content, temporary)
+            os.fsync(handle)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
@@ -67,8 +67,8 @@ def write(checkpoint: Mapping[str, Any], path: PathLike) -> None:
 
 
 @contextmanager
-def _temporary(target: Path) -> Iterator[tuple[IO[bytes], str]]:
-    """A file beside `target` to write to, locked for as long as somebody does; removed if it is not renamed."""
+def _temporary(target: Path) -> Iterator[tuple[int, str]]:
+    """A file beside `target` to write to, open and locked until that is done; removed if it is not renamed."""
     while True:
         handle, path = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED)
         _lock(handle)
@@ -76,9 +76,9 @@ def _temporary(target: Path) -> Iterator[tuple[IO[bytes], str]]:
             break
         os.close(handle)  # somebody swept it away before it was locked
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file, path
+        yield handle, path
     finally:
+        os.close(handle)
         Path(path).unlink(missing_ok=True)
 
 
@@ -210,12 +210,29 @@ def _check_sums(file: Any, name: str) -> None:
     if not zipfile.is_zipfile(file):
         return
     try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+        with zipfile.ZipFile(file) as opened:
+            damaged = opened.testzip()
     except Exception as error:  # whatever a flipped bit makes of an archive's directory
         raise CorruptCheckpointError(f"{name} is damaged: {type(error).__name__}: {error}") from None
     if damaged is not None:
         raise CorruptCheckpointError(f"{name} is damaged: its record {damaged} does not have the checksum kept of it")
+
+
+def damage(path: PathLike) -> str | None:
+    """What is wrong with a checkpoint, as far as its checksums tell; None for nothing.
+
+    Folders and URLs are not looked into.
+    """
+    if is_url(path) or local_path(path).is_dir():
+        return None
+    try:
+        with local_path(path).open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                return f"{path} is truncated, or no checkpoint at all"
+            _check_sums(file, str(path))
+    except (OSError, CorruptCheckpointError) as error:
+        return str(error)
+    return None
 
 
 def _load(file: Any, name: str, map_location: Any) -> dict[str, Any]:
@@ -264,6 +281,11 @@ def require(path: PathLike) -> None:
     beside = [name for name in files.names_in(folder) if name.endswith(".ckpt")]
     hint = f"; beside it are {', '.join(beside[:8])}" if beside else ""
     raise CheckpointNotFoundError(f"there is no checkpoint at {path}{hint}")
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is a file of that path or URL; a link to nowhere is none."""
+    return files.exists(path)
 
 
 def modified(path: PathLike) -> float:

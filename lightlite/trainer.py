@@ -404,6 +404,7 @@ class Trainer(Run):
         return functools.partial(self._launcher.run, function)
 
     def _choose_checkpoint(self, fn: str, given: Any, model_given: bool) -> str | None:
+        self.strategy.checkpoint_io.wait()
         self.ckpt_path = self._find_checkpoint(fn, given, model_given)
         return self.ckpt_path
 
@@ -441,11 +442,16 @@ class Trainer(Run):
         return path
 
     def _newest_checkpoint(self) -> str | None:
-        found: set[str] = set()
-        for callback in self.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                found |= callback.find_last_checkpoints(self)
-        return max(found, key=storage.modified) if found else None
+        """The newest sound checkpoint: of those that were saved as the newest state, else of all beside them."""
+        callbacks = [callback for callback in self.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        for find in (ModelCheckpoint.find_last_checkpoints, ModelCheckpoint.find_checkpoints):
+            found = {path for callback in callbacks for path in find(callback, self) if storage.exists(path)}
+            for path in sorted(found, key=storage.modified, reverse=True):
+                damage = storage.damage(path)
+                if damage is None:
+                    return path
+                rank_zero_warn(f"ckpt_path='last' steps over the newest checkpoint, which is no sound one: {damage}")
+        return None
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -467,7 +473,7 @@ class Trainer(Run):
         Args:
             filepath: Path or URL.
             weights_only: Leave out what is only needed to go on training.
-            storage_options: Accepted for compatibility.
+            storage_options: For a CheckpointIO of `Trainer(plugins=…)` that has some.
         """
         if self.lightning_module is None:
             raise AttributeError(
@@ -476,7 +482,7 @@ class Trainer(Run):
         with self.profiler.profile("save_checkpoint"):
             content = checkpoint.dump(self, bool(weights_only))
             if self.is_global_zero:
-                storage.write(content, filepath)
+                self.strategy.checkpoint_io.save_checkpoint(content, filepath, storage_options)
             self.strategy.barrier("save_checkpoint")
 
     def print(self, *args: Any, **kwargs: Any) -> None:

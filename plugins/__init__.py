@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightlite.errors import missing_attribute
-from lightlite.interfaces import Precision
+from lightlite.interfaces import CheckpointIO, Precision
 
 if TYPE_CHECKING:
     from lightlite.plugins.precision import (
@@ -19,13 +19,25 @@ if TYPE_CHECKING:
         MixedPrecision,
         TruePrecision,
     )
+    from lightlite.saving import AsyncCheckpointIO, TorchCheckpointIO
 
-__all__ = ["DoublePrecision", "FullPrecision", "HalfPrecision", "MixedPrecision", "Precision", "TruePrecision"]
+__all__ = [
+    "AsyncCheckpointIO",
+    "CheckpointIO",
+    "DoublePrecision",
+    "FullPrecision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "Precision",
+    "TorchCheckpointIO",
+    "TruePrecision",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("lightlite.plugins.precision"), name)
+        place = "lightlite.saving" if name.endswith("CheckpointIO") else "lightlite.plugins.precision"
+        return getattr(import_module(place), name)
     raise missing_attribute(__name__, name)
 
 

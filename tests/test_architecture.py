@@ -234,7 +234,8 @@ PUBLIC = {
         CSVLogger DummyLogger Logger MLFlowLogger TensorBoardLogger WandbLogger
     """,
     "lightlite.plugins": """
-        DoublePrecision FullPrecision HalfPrecision MixedPrecision Precision TruePrecision
+        AsyncCheckpointIO CheckpointIO DoublePrecision FullPrecision HalfPrecision MixedPrecision Precision
+        TorchCheckpointIO TruePrecision
     """,
     "lightlite.profilers": """
         AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler

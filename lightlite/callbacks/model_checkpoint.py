@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from torch import Tensor
 from lightlite.callbacks.callback import StepOutput
 from lightlite.callbacks.checkpoint import Checkpoint
 from lightlite.errors import MisconfigurationException
+from lightlite.saving import AsyncCheckpointIO
 from lightlite.utilities import files
 from lightlite.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
 
@@ -54,6 +56,7 @@ class ModelCheckpoint(Checkpoint):
             when training does if there is exactly one validation an epoch, or none at all.
         enable_version_counter: Whether a file that exists already makes the name end in "-v1", "-v2", …; it is
             overwritten otherwise.
+        async_save: Whether training goes on while files are written, as with `Trainer(plugins=AsyncCheckpointIO())`.
 
     Attributes:
         best_model_path: The best checkpoint's file, or "".
@@ -92,6 +95,7 @@ class ModelCheckpoint(Checkpoint):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        async_save: bool = False,
     ) -> None:
         self.monitor = monitor
         self.verbose = verbose
@@ -111,6 +115,7 @@ class ModelCheckpoint(Checkpoint):
         self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
+        self._async_save = async_save
         self._check_arguments()
 
         self.best_k_models: dict[str, Tensor] = {}
@@ -180,6 +185,8 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle on the folder, the same on every rank."""
+        if self._async_save and not isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            trainer.strategy.checkpoint_io = AsyncCheckpointIO(trainer.strategy.checkpoint_io)
         dirpath = trainer.strategy.broadcast(self._choose_folder(trainer) if trainer.is_global_zero else "")
         if self.save_last == "link" and files.is_remote(dirpath):
             raise MisconfigurationException(
@@ -260,9 +267,9 @@ class ModelCheckpoint(Checkpoint):
             return
         # Other ranks may be gone: nothing is agreed on with them here.
         candidates = self._monitor_candidates(trainer)
-        filepath = self._free_name(candidates, None, replaces="")
+        filepath = self._free_name(trainer, candidates, None, replaces="")
         if self.save_last:
-            self.last_model_path = self._free_name(candidates, self.CHECKPOINT_NAME_LAST, self.last_model_path)
+            self.last_model_path = self._free_name(trainer, candidates, self.CHECKPOINT_NAME_LAST, self.last_model_path)
             self._save_checkpoint(trainer, self.last_model_path)
         self._save_checkpoint(trainer, filepath)
         rank_zero_info(f"saved {filepath} because of {type(exception).__name__}: {exception}")
@@ -421,12 +428,7 @@ class ModelCheckpoint(Checkpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
-            fresh = f"{linkpath}.tmp{os.getpid()}"
-            try:
-                os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
-            except OSError:  # a file system without symbolic links
-                shutil.copy(filepath, fresh)
-            os.replace(fresh, linkpath)
+            trainer.strategy.checkpoint_io.then(functools.partial(_link, filepath, linkpath))
         trainer.strategy.barrier("ModelCheckpoint.link")
 
     def _should_remove(self, trainer: Trainer, previous: str, current: str) -> bool:
@@ -442,19 +444,22 @@ class ModelCheckpoint(Checkpoint):
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero:
-            files.remove(filepath)
+            trainer.strategy.checkpoint_io.remove_checkpoint(filepath)
 
     def _choose_name(
         self, trainer: Trainer, candidates: dict[str, Tensor], replaces: str, name: str | None = None
     ) -> str:
         """Rank zero's choice of a free file name, on every rank; `replaces` counts as free."""
-        chosen = self._free_name(candidates, name, replaces) if trainer.is_global_zero else ""
+        chosen = self._free_name(trainer, candidates, name, replaces) if trainer.is_global_zero else ""
         return str(trainer.strategy.broadcast(chosen))
 
-    def _free_name(self, candidates: dict[str, Tensor], name: str | None, replaces: str) -> str:
+    def _free_name(self, trainer: Trainer, candidates: dict[str, Tensor], name: str | None, replaces: str) -> str:
+        def is_taken(path: str) -> bool:
+            return path != replaces and (files.exists(path) or trainer.strategy.checkpoint_io.is_pending(path))
+
         filepath = self.format_checkpoint_name(candidates, name)
         version = self.STARTING_VERSION
-        while self._enable_version_counter and filepath != replaces and files.exists(filepath):
+        while self._enable_version_counter and is_taken(filepath):
             filepath = self.format_checkpoint_name(candidates, name, ver=version)
             version += 1
         return filepath
@@ -497,6 +502,11 @@ class ModelCheckpoint(Checkpoint):
         pattern = re.compile(rf"{name}({self.CHECKPOINT_JOIN_CHAR}v\d+)?{re.escape(self.FILE_EXTENSION)}")
         found = {os.path.join(folder, file) for file in files.names_in(folder) if pattern.fullmatch(file)}
         return found | ({self.last_model_path} if files.exists(self.last_model_path) else set())
+
+    def find_checkpoints(self, trainer: Trainer) -> set[str]:
+        """All checkpoints in this callback's folder."""
+        folder = self._choose_folder(trainer)
+        return {os.path.join(folder, file) for file in files.names_in(folder) if file.endswith(self.FILE_EXTENSION)}
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Whether rank zero sees that file; the same answer on every rank."""
@@ -552,6 +562,16 @@ class ModelCheckpoint(Checkpoint):
             if files.exists(moved):
                 return moved
         return path if files.exists(path) else ""
+
+
+def _link(filepath: str, linkpath: str) -> None:
+    """Let `linkpath` be a symbolic link to a file, at no moment missing."""
+    fresh = f"{linkpath}.tmp{os.getpid()}"
+    try:
+        os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
+    except OSError:  # a file system without symbolic links
+        shutil.copy(filepath, fresh)
+    os.replace(fresh, linkpath)
 
 
 def _where(candidates: Mapping[str, Tensor]) -> str:

@@ -50,7 +50,8 @@ PYTORCH_MODULES = """
     core core.datamodule core.hooks core.mixins core.mixins.hparams_mixin core.module core.optimizer core.saving
     demos demos.boring_classes
     loggers loggers.csv_logs loggers.logger loggers.mlflow loggers.tensorboard loggers.utilities loggers.wandb
-    plugins plugins.environments plugins.precision plugins.precision.amp plugins.precision.double
+    plugins plugins.environments plugins.io plugins.io.async_plugin plugins.io.checkpoint_plugin
+    plugins.io.torch_plugin plugins.precision plugins.precision.amp plugins.precision.double
     plugins.precision.half plugins.precision.precision
     profilers profilers.advanced profilers.base profilers.profiler profilers.pytorch profilers.simple
     strategies strategies.ddp strategies.single_device strategies.strategy
@@ -85,7 +86,7 @@ FABRIC_MODULES = """
     accelerators accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps accelerators.registry
     fabric
     loggers loggers.csv_logs loggers.logger loggers.tensorboard
-    plugins plugins.environments plugins.precision
+    plugins plugins.environments plugins.io plugins.io.checkpoint_io plugins.io.torch_io plugins.precision
     plugins.precision.amp plugins.precision.double plugins.precision.half plugins.precision.precision
     strategies strategies.ddp strategies.registry strategies.single_device strategies.strategy
     utilities utilities.apply_func utilities.cloud_io utilities.data utilities.device_dtype_mixin

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightlite import config, distributed, storage
+from lightlite import config, distributed
 from lightlite.data import RankLoader, check_loader
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
@@ -436,7 +436,7 @@ class Fabric(Place):
         self._take_place()
         content = saving.collect(state, filter or {}, self.strategy)
         if self.is_global_zero:
-            storage.write(content, path)
+            self.strategy.checkpoint_io.save_checkpoint(content, path)
         self.strategy.barrier("save")
 
     def load(
@@ -483,7 +483,7 @@ class Fabric(Place):
             weights_only: Accepted for compatibility; nothing in a file is ever executed.
         """
         self._take_place()
-        saving.put_back(unwrap(obj), storage.read(path), strict, self.strategy)
+        saving.put_back(unwrap(obj), self.strategy.checkpoint_io.load_checkpoint(path), strict, self.strategy)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Hand a value to the loggers, on rank zero; see `log_dict`."""

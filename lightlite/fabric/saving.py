@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightlite import storage
 from lightlite.errors import CheckpointError
 from lightlite.fabric.wrappers import unwrap
 from lightlite.interfaces import Strategy
@@ -50,7 +49,7 @@ def collect(state: Mapping[str, Any], filters: Filters, strategy: Strategy) -> d
 
 def restore(path: str | Path, state: Any, strict: bool, strategy: Strategy) -> dict[str, Any]:
     """Put a file's content back into `state`; see `Fabric.load`."""
-    content = storage.read(path)
+    content = strategy.checkpoint_io.load_checkpoint(path)
     if not state:
         return content
     missing = [name for name in state if name not in content]

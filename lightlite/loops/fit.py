@@ -179,6 +179,7 @@ class FitLoop:
             return False
         if self._validates and self._validation is None and self._epoch_validates():
             self._validation_loop(RunningStage.VALIDATING)
+        trainer.strategy.checkpoint_io.on_failure = self._look_soon
         resumed = trainer.resumed_random_states
         if resumed is None:
             # Before the hooks, as in Lightning: random numbers that they draw come after those of the data's order.
@@ -450,6 +451,7 @@ class FitLoop:
             Whether the epoch ends here.
         """
         trainer, progress = self.trainer, self.progress
+        trainer.strategy.checkpoint_io.wait(0)
         due = (progress.batches_that_stepped + 1) % self._log_every == 0 or self._asked_to_stop
         if due and not self.step.micro_batch:
             self._agree_to_stop()
@@ -478,6 +480,10 @@ class FitLoop:
             counted = progress.batches_total if self.trainer.check_val_every_n_epoch is None else batch_idx + 1
             to_go = min(to_go, self._val_every - counted % self._val_every)
         return batch_idx + to_go
+
+    def _look_soon(self) -> None:
+        """Let something be due after every batch from now on."""
+        self.quiet_until, self._may_be_quiet = 0, False
 
     def _finish_pending(self) -> bool:
         """Do what a checkpoint taken within a batch's hooks left undone of that batch."""

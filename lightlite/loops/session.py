@@ -220,6 +220,7 @@ def _conclude(trainer: Trainer, module: LightningModule, fn: TrainerFn, for_tria
     if fn is TrainerFn.FITTING and not for_trial:
         trainer.hooks.call("on_fit_end")
     _teardown_hooks(trainer, fn)
+    trainer.strategy.checkpoint_io.teardown()
     if not for_trial:
         for logger in trainer.loggers:
             logger.finalize("success")
@@ -242,7 +243,7 @@ def _on_exception(trainer: Trainer, error: BaseException) -> None:
     if trainer.datamodule is not None:
         calls.append(functools.partial(trainer.datamodule.on_exception, error))
     calls += [functools.partial(logger.finalize, "failed") for logger in trainer.loggers]
-    calls.append(trainer.profiler.describe)
+    calls += [trainer.profiler.describe, trainer.strategy.checkpoint_io.teardown]
     if trainer.strategy_is_set_up:
         calls.append(trainer.strategy.teardown)
     with distributed.alone():

@@ -58,6 +58,8 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             "progress": trainer.progress.state_dict(),
             "random": distributed.gather_objects(_random_states(trainer)),
             "window": distributed.gather_objects(trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}),
+            "results": distributed.gather_objects(_results(trainer)),
+            "loggers": [logger.position() for logger in trainer.loggers] if trainer.is_global_zero else [],
             "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         }
     if module.hparams:
@@ -112,6 +114,12 @@ def _random_states(trainer: Trainer) -> dict[str, Any]:
     device = trainer.strategy.accelerator.random_state(trainer.strategy.root_device)
     loader = trainer.loader_state()
     return {**(trainer.epoch_random_state or {}), "now": capture_rng(), "loader_now": loader, "device": device}
+
+
+def _results(trainer: Trainer) -> dict[str, Any]:
+    if trainer.fit_loop is None:
+        return {}
+    return {"values": trainer.fit_loop.results.state_dict(), "logged": dict(trainer.fit_loop.logged)}
 
 
 def _plain(state: Any) -> Any:
@@ -297,6 +305,10 @@ class Restorer:
             trainer.recorder.remember(own["metrics"])
             self._restore_random(own["random"])
             self._restore_window(own["window"])
+            results = own.get("results", [])
+            if len(results) == trainer.world_size:
+                trainer.resumed_results = results[trainer.global_rank]
+            self._restore_loggers(own.get("loggers", []))
         self._checkpoint = None
 
     def _restore_optimizers(self, checkpoint: dict[str, Any]) -> None:
@@ -326,6 +338,13 @@ class Restorer:
         names = windows[0]["gradients"]
         mean = {name: sum(window["gradients"][name] for window in windows) / len(windows) for name in names}
         trainer.resumed_window = {**windows[0], "gradients": mean}
+
+    def _restore_loggers(self, positions: list[Any]) -> None:
+        """Have loggers forget what was logged after the checkpoint, if they go on with what they logged before it."""
+        if self._trainer.is_global_zero and len(positions) == len(self._trainer.loggers):
+            for logger, position in zip(self._trainer.loggers, positions, strict=True):
+                if position is not None:
+                    logger.go_back(position)
 
     def _restore_random(self, states: list[dict[str, Any]]) -> None:
         """Each rank's own state; with another number of ranks, what they have in common: the order of the data."""

@@ -93,6 +93,25 @@ class Entry:
         self.weight += sum(self.weights)
         self.values, self.weights = [], []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged since the epoch began: what is not folded yet stays so, since sums depend on their order."""
+        return {
+            "place": list(self.place),
+            "given": list(self.given),
+            "latest": None if self.metric is not None or self.latest is None else float(self.latest),
+            "values": _stack(self.values) if self.values else None,
+            "weights": list(self.weights),
+            "total": self.total,
+            "weight": self.weight,
+            "reduced": self.reduced,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        self.latest, self.total, self.weight = state["latest"], state["total"], state["weight"]
+        self.values = [] if state["values"] is None else list(state["values"].unbind())
+        self.weights, self.reduced = list(state["weights"]), state["reduced"]
+
     def share(self) -> Share:
         """This rank's part of the epoch's value. Waits for the device."""
         flags = (self.rank_zero_only, self.epoch_key, self.logger, self.prog_bar)

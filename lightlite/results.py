@@ -64,6 +64,20 @@ class Results:
         self.batches: Counter[int] = Counter()
         self.computed: list[Any] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged in this epoch by values; torchmetrics' metrics keep their own."""
+        entries = [entry for entry in self.entries.values() if entry.metric is None and not entry.custom]
+        plain = [entry for entry in entries if all(isinstance(part, (bool, str, type(None))) for part in entry.given)]
+        return {"entries": [entry.state_dict() for entry in plain], "late": dict(self.late)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        self.late = dict(state["late"])
+        for kept in state["entries"]:
+            entry = make_entry(Place(*kept["place"]), tuple(kept["given"]))
+            entry.load_state_dict(kept)
+            self.entries[entry.place] = entry
+
     def reset(self) -> None:
         """Forget everything, for a new epoch; torchmetrics' metrics start anew, those logged by other ranks too."""
         for metric in [entry.metric for entry in self.entries.values()] + self.computed:

@@ -57,6 +57,7 @@ class Run(TrainerFacts):
     epoch_random_state: dict[str, Any] | None
     resumed_random_states: dict[str, Any] | None
     resumed_window: dict[str, Any]
+    resumed_results: dict[str, Any]
     _own_callbacks: list[Callback]
     open_loaders: list[RankLoader | RankLoaders]
     closing_epoch: bool

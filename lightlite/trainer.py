@@ -208,6 +208,7 @@ class Trainer(Run):
         self.num_predict_batches: list[int | float] = []
         self.epoch_random_state: dict[str, Any] | None = None
         self.resumed_window: dict[str, Any] = {}
+        self.resumed_results: dict[str, Any] = {}
         self.resumed_random_states: dict[str, Any] | None = None
         for name in SESSION:
             setattr(self, name, None)

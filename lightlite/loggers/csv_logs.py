@@ -40,12 +40,12 @@ class ExperimentWriter:
         self.hparams: dict[str, Any] = {}
         self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
         files.make_folder(log_dir)
-        self._columns, self._rows_written = self._continue()
+        self._columns, self.rows_written = self._continue()
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row; without a step, its number is the row's."""
         row = {name: as_number(value) for name, value in metrics.items()}
-        row["step"] = self._rows_written + len(self.metrics) if step is None else step
+        row["step"] = self.rows_written + len(self.metrics) if step is None else step
         self.metrics.append(row)
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
@@ -60,19 +60,29 @@ class ExperimentWriter:
             return
         names = set().union(*self.metrics)
         if not names.issubset(self._columns) or files.is_remote(self.metrics_file_path):
-            self._rewrite(sorted(names.union(self._columns)))
+            self._rewrite(sorted(names.union(self._columns)), [*self._read(), *self.metrics])
         else:
             with open(self.metrics_file_path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerows(self.metrics)
-        self._rows_written += len(self.metrics)
+        self.rows_written += len(self.metrics)
         self.metrics = []
 
-    def _rewrite(self, columns: list[str]) -> None:
+    def truncate(self, rows: int) -> None:
+        """Keep the first `rows` rows of the file. The file that holds more is kept as `metrics.csv.bak`."""
+        kept = self._read()
+        if len(kept) <= rows:
+            return
+        with files.open_text(self.metrics_file_path) as file:
+            files.write_text(f"{self.metrics_file_path}.bak", file.read())
+        columns = [name for name in self._columns if any(row[name] for row in kept[:rows])]
+        self._rewrite(columns, kept[:rows])
+        self.rows_written = min(rows, len(kept))
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(self._read())
-        writer.writerows(self.metrics)
+        writer.writerows(rows)
         files.write_text(self.metrics_file_path, text.getvalue())
         self._columns = columns
 
@@ -150,6 +160,16 @@ class CSVLogger(VersionedLogger):
         """Write what was logged."""
         if self._experiment is not None:
             self._experiment.save()
+
+    def position(self) -> dict[str, Any]:
+        """The number of rows, and what file they are in."""
+        self.save()
+        return {"file": self.experiment.metrics_file_path, "rows": self.experiment.rows_written}
+
+    def go_back(self, position: dict[str, Any]) -> None:
+        """Drop the rows after `position`, if they are in this version's file; `metrics.csv.bak` keeps them."""
+        if position["file"] == self.experiment.metrics_file_path:
+            self.experiment.truncate(position["rows"])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -88,6 +88,16 @@ class Logger(ABC):
     def save(self) -> None:
         """Write to disk what was recorded."""
 
+    def position(self) -> Any:
+        """How far the log has come: plain data, for a checkpoint. None where a logger cannot go back.
+
+        What was recorded is on disk by then.
+        """
+        return None
+
+    def go_back(self, position: Any) -> None:
+        """Forget what was recorded after `position`: the run goes on from a checkpoint of that moment."""
+
     def finalize(self, status: str) -> None:
         """The run has ended: "success", "failed" or "aborted"."""
         self.save()

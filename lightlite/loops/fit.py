@@ -103,6 +103,8 @@ class FitLoop:
     """The state of a fit, and all of it that is not done for every batch.
 
     Attributes:
+        results: What was logged in this epoch.
+        logged: What goes to the loggers when the epoch is left.
         length: Batches in an epoch on this rank; infinite where unknown, until the last batch is reached.
         step: The training step.
         quiet_until: Before the batch of that index nothing is due after a batch: no log point, no validation, no end.
@@ -114,6 +116,7 @@ class FitLoop:
         self.trainer, self.module = trainer, module
         self.progress, self.recorder = trainer.progress, trainer.recorder
         self.results = Results(training=True)
+        self.logged: dict[str, float] = {}
         make_step = TrainStep if module.automatic_optimization else ManualStep
         assert trainer.training_step is not None
         self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
@@ -165,8 +168,12 @@ class FitLoop:
         trainer.state.stage = RunningStage.TRAINING
         self.recorder.active = self.results
         torch.set_grad_enabled(True)
+        if trainer.resumed_results:
+            self.results.load_state_dict(trainer.resumed_results["values"])
+            self.logged = dict(trainer.resumed_results["logged"])
+            trainer.resumed_results = {}
         if self.progress.epoch_done:
-            self._leave_epoch({})  # what a checkpoint taken in on_train_epoch_end left to do
+            self._leave_epoch()  # what a checkpoint taken in on_train_epoch_end left to do
         if trainer.limit_train_batches == 0:
             rank_zero_info("Trainer.fit stopped: limit_train_batches=0 leaves no batches")
             return False
@@ -330,12 +337,14 @@ class FitLoop:
         progress, loader = self.progress, self._loader
         assert loader is not None
         begun, self._begun = self._begun, None
-        if progress.epoch_done or (progress.pending and self._finish_pending()):
+        if progress.epoch_done:
             return iter(())
         skip = progress.batches_in_epoch
-        if skip and skip >= self.length:
+        over = bool(skip) and skip >= self.length
+        batches = iter(()) if over else self._start(loader, skip) if begun is None else begun
+        # Only now: beginning a pass again puts the random state back to that of the checkpoint.
+        if (progress.pending and self._finish_pending()) or over:
             return iter(())
-        batches = self._start(loader, skip) if begun is None else begun
         self._enter_batches()
         if loader.length is None:
             return self._looking_ahead(batches, skip)
@@ -407,18 +416,17 @@ class FitLoop:
     def end_epoch(self) -> None:
         """Close the epoch: hooks, then schedulers that watch a value, then loggers."""
         trainer, progress, recorder = self.trainer, self.progress, self.recorder
-        logged: dict[str, float] = {}
         recorder.hook = None
         trainer.profiler.stop("run_training_epoch")
         if not progress.epoch_done:
             progress.epoch_done = True
-            logged = recorder.reduce_epoch()
+            self.logged = recorder.reduce_epoch()
             self._epoch_end_hooks()
-            logged |= recorder.reduce_epoch()
-        self._leave_epoch(logged)
+        self._leave_epoch()
 
-    def _leave_epoch(self, logged: dict[str, float]) -> None:
+    def _leave_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
+        logged, self.logged = self.logged | self.recorder.reduce_epoch(), {}
         self._agree_to_stop()
         self.step_plateau_schedulers("epoch")
         progress.batches_that_stepped -= 1
@@ -453,7 +461,7 @@ class FitLoop:
         trainer, progress = self.trainer, self.progress
         trainer.strategy.checkpoint_io.wait(0)
         due = (progress.batches_that_stepped + 1) % self._log_every == 0 or self._asked_to_stop
-        if due and not self.step.micro_batch:
+        if due and not self.step.micro_batch and not progress.validated:
             self._agree_to_stop()
             trainer.log_metrics(self.recorder.step_metrics())
         if self._validates and not progress.validated and self._validation_due(batch_idx):

@@ -166,7 +166,7 @@ def _set_up(
         trainer.log_hyperparameters()
     if training:
         trainer.progress.abandon_epoch()
-        trainer.resumed_window, trainer.resumed_random_states = {}, None
+        trainer.resumed_window, trainer.resumed_results, trainer.resumed_random_states = {}, {}, None
         restorer.restore_training()
     module.zero_grad()
     trainer.strategy.barrier("run")

@@ -67,6 +67,7 @@ def rehearsal(trainer: Trainer, callbacks: Sequence[Callback] = (), **settings: 
         num_sanity_val_steps=0,
         resumed_random_states=None,
         resumed_window={},
+        resumed_results={},
         **settings,
     )
     try:

@@ -32,9 +32,13 @@ KEEP_THE_BEST = {"hyperparameters"}
 LIGHTNING_LOSES_ITS_WAY = {"finetuning"}
 """Programs that Lightning, resumed from its own checkpoint, ends with other weights than uninterrupted."""
 
-OWN = {"finetuning": {"trained"}, "weight_averaging": {"scheduler_state", "initial_lr", "base_lrs", "last_epoch"}}
-"""Parts of states that differ and decide nothing: lightlite notes which parameters are trained, and its SWALR counts
-from where averaging began."""
+OWN = {
+    "command_line": {"async_save"},
+    "finetuning": {"trained"},
+    "weight_averaging": {"scheduler_state", "initial_lr", "base_lrs", "last_epoch"},
+}
+"""Parts of states that differ and decide nothing: lightlite notes which parameters are trained, its SWALR counts from
+where averaging began, and its ModelCheckpoint has an argument more."""
 
 
 class Suite:

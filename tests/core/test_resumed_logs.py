@@ -1,0 +1,84 @@
+"""What is logged by a run that was cut off and resumed is what the uninterrupted run logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightlite as pl
+from lightlite.callbacks import ModelCheckpoint
+from lightlite.loggers import CSVLogger
+
+from .models import Net, quiet_trainer, regression_loader
+
+
+class Logging(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("index", float(batch_idx), on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("late", float(self.current_epoch))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+
+def fit(folder: Path, **options: Any) -> pl.Trainer:
+    pl.seed_everything(3)
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=3,
+        log_every_n_steps=2,
+        val_check_interval=3,
+        logger=CSVLogger(folder, name="", version="log"),
+        enable_checkpointing=True,
+        callbacks=[
+            ModelCheckpoint(folder / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}"),
+            ModelCheckpoint(folder / "epochs", save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True),
+            ModelCheckpoint(folder / "val", save_top_k=-1, filename="{step}", save_on_train_epoch_end=False),
+        ],
+    )
+    trainer.fit(Logging(), regression_loader(5, shuffle=True), regression_loader(2), **options)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint folder")
+def test_the_log_of_a_run_resumed_anywhere_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    whole = fit(tmp_path)
+    log = tmp_path / "log" / "metrics.csv"
+    expected, values = log.read_text(), dict(whole.callback_metrics)
+    taken = [path for kind in ("steps", "epochs", "val") for path in (tmp_path / kind).glob("*.ckpt")]
+    assert len(taken) == 15 + 3 + 3
+
+    for path in sorted(taken):
+        resumed = fit(tmp_path, ckpt_path=path)
+        assert log.read_text() == expected, path
+        assert {key: value.item() for key, value in resumed.callback_metrics.items()} == {
+            key: value.item() for key, value in values.items()
+        }, path
+
+
+def test_what_was_logged_after_the_checkpoint_is_kept_beside_the_log(tmp_path: Path) -> None:
+    fit(tmp_path)
+    log = tmp_path / "log" / "metrics.csv"
+    before = log.read_text()
+    log.write_text(before.replace("2.0", "2.5"))
+    fit(tmp_path, ckpt_path=tmp_path / "steps" / "step=3.ckpt")
+    assert log.with_name("metrics.csv.bak").read_text() == before.replace("2.0", "2.5")
+
+
+def test_a_log_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    fit(tmp_path)
+    rows = (tmp_path / "log" / "metrics.csv").read_text()
+    trainer = quiet_trainer(tmp_path, max_epochs=3, logger=CSVLogger(tmp_path, name="", version="other"))
+    with pytest.warns(UserWarning, match="state of callbacks"):
+        trainer.fit(Logging(), regression_loader(5), regression_loader(2), ckpt_path=tmp_path / "steps" / "step=3.ckpt")
+    assert (tmp_path / "log" / "metrics.csv").read_text() == rows
+    assert torch.isfinite(trainer.callback_metrics["loss"])

@@ -119,7 +119,10 @@ def _random_states(trainer: Trainer) -> dict[str, Any]:
 def _results(trainer: Trainer) -> dict[str, Any]:
     if trainer.fit_loop is None:
         return {}
-    return {"values": trainer.fit_loop.results.state_dict(), "logged": dict(trainer.fit_loop.logged)}
+    return {
+        "values": trainer.fit_loop.results.state_dict(trainer.lightning_module),
+        "logged": dict(trainer.fit_loop.logged),
+    }
 
 
 def _plain(state: Any) -> Any:

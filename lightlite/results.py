@@ -9,8 +9,9 @@ same keys. The names under which values reach loggers and callbacks follow Light
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lightlite import distributed
 from lightlite.entries import Entry, Place, Share, combine, numbers
 from lightlite.errors import MetricError, MisconfigurationException
+from lightlite.nest import apply_to_tensors
 from lightlite.utilities.data import size_of_batch
 
 REDUCTIONS = ("mean", "sum", "min", "max")
@@ -64,18 +66,28 @@ class Results:
         self.batches: Counter[int] = Counter()
         self.computed: list[Any] = []
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was logged in this epoch by values; torchmetrics' metrics keep their own."""
-        entries = [entry for entry in self.entries.values() if entry.metric is None and not entry.custom]
-        plain = [entry for entry in entries if all(isinstance(part, (bool, str, type(None))) for part in entry.given)]
-        return {"entries": [entry.state_dict() for entry in plain], "late": dict(self.late)}
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """What was logged in this epoch, and the states of the module's torchmetrics' metrics.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+        What was logged with a function to reduce it is left out.
+        """
+        plain = [
+            entry
+            for entry in self.entries.values()
+            if all(isinstance(part, (bool, str, type(None))) for part in entry.given)
+        ]
+        entries = [{**entry.state_dict(), "metric": _path_of(entry, module)} for entry in plain]
+        return {"entries": entries, "late": dict(self.late), "metrics": _metric_states(module)}
+
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         """Put back what `state_dict` returned."""
         self.late = dict(state["late"])
+        _load_metric_states(module, state["metrics"])
         for kept in state["entries"]:
             entry = make_entry(Place(*kept["place"]), tuple(kept["given"]))
             entry.load_state_dict(kept)
+            if kept["metric"]:
+                entry.metric = entry.latest = module.get_submodule(kept["metric"])
             self.entries[entry.place] = entry
 
     def reset(self) -> None:
@@ -250,7 +262,9 @@ class Recorder:
         entries = {entry.place: entry for entry in results.entries.values() if entry.on_epoch and not entry.reduced}
         shares = {place: entry.share() for place, entry in entries.items() if entry.metric is None}
         shares |= {
-            p: Share("metric", self._path_of(e), 1.0, *_flags(e)) for p, e in entries.items() if e.metric is not None
+            p: Share("metric", _path_of(e, self.module), 1.0, *_flags(e))
+            for p, e in entries.items()
+            if e.metric is not None
         }
         gathered = distributed.gather_objects((ANY_BATCH if results.training else results.batches, shares))
         _agree(gathered)
@@ -314,11 +328,6 @@ class Recorder:
         entry = results.entries.get(place)
         assert self.module is not None
         return self.module.get_submodule(path) if entry is None else entry.metric
-
-    def _path_of(self, entry: Entry) -> str:
-        """Where in the module a logged Metric lies, for ranks that had no batch to log it with."""
-        modules = self.module.named_modules() if self.module is not None else ()
-        return next((path for path, module in modules if module is entry.metric), "")
 
     def _publish_epoch(self, place: Place, share: Share, value: float) -> None:
         tensor = torch.tensor(value)
@@ -399,6 +408,40 @@ def _refuse_mixing_loaders(place: Place, others: Iterable[Entry]) -> None:
             f"mixed up; give each a name of its own, as in f'{place.name}_{{dataloader_idx}}', or leave "
             "add_dataloader_idx out"
         )
+
+
+def _path_of(entry: Entry, module: nn.Module | None) -> str:
+    """Where in the module a logged Metric lies; empty where it is elsewhere, or a value was logged."""
+    parts = module.named_modules() if module is not None and entry.metric is not None else ()
+    return next((path for path, part in parts if part is entry.metric), "")
+
+
+def _metrics_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, part in module.named_modules():
+        if isinstance(getattr(part, "_defaults", None), dict) and hasattr(part, "_update_count"):
+            yield path, part
+
+
+def _metric_states(module: nn.Module) -> dict[str, Any]:
+    """What torchmetrics' metrics have gathered, which a module's `state_dict` leaves out."""
+    return {
+        path: {
+            "states": {name: getattr(metric, name) for name in metric._defaults},
+            "updates": metric._update_count,
+            "latest": getattr(metric, "_forward_cache", None),
+        }
+        for path, metric in _metrics_in(module)
+        if metric._update_count
+    }
+
+
+def _load_metric_states(module: nn.Module, states: Mapping[str, Any]) -> None:
+    for path, metric in _metrics_in(module):
+        if path in states:
+            kept = states[path]
+            for name, value in kept["states"].items():
+                setattr(metric, name, apply_to_tensors(value, operator.methodcaller("to", metric.device)))
+            metric._update_count, metric._forward_cache, metric._computed = kept["updates"], kept["latest"], None
 
 
 def _flags(entry: Entry) -> tuple[bool, str, bool, bool]:

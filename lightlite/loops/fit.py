@@ -169,7 +169,7 @@ class FitLoop:
         self.recorder.active = self.results
         torch.set_grad_enabled(True)
         if trainer.resumed_results:
-            self.results.load_state_dict(trainer.resumed_results["values"])
+            self.results.load_state_dict(trainer.resumed_results["values"], self.module)
             self.logged = dict(trainer.resumed_results["logged"])
             trainer.resumed_results = {}
         if self.progress.epoch_done:

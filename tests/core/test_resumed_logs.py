@@ -15,16 +15,29 @@ from lightlite.loggers import CSVLogger
 from .models import Net, quiet_trainer, regression_loader
 
 
+torchmetrics = pytest.importorskip("torchmetrics")
+
+
 class Logging(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = torchmetrics.MeanAbsoluteError()
+        self.whole = torchmetrics.MeanAbsoluteError()
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.error(self(batch[0]), batch[1])
+        self.whole.update(self(batch[0]), batch[1])
+        self.log("error", self.error, on_step=True, on_epoch=True)
         self.log("index", float(batch_idx), on_step=False, on_epoch=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
         self.log("late", float(self.current_epoch))
+        self.log("whole", self.whole.compute())
+        self.whole.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch))

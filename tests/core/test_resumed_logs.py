@@ -14,7 +14,6 @@ from lightlite.loggers import CSVLogger
 
 from .models import Net, quiet_trainer, regression_loader
 
-
 torchmetrics = pytest.importorskip("torchmetrics")
 
 

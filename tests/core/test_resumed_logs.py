@@ -42,10 +42,11 @@ class Logging(Net):
         self.log("val_loss", self.loss(batch))
 
 
-def fit(folder: Path, **options: Any) -> pl.Trainer:
+def fit(folder: Path, devices: int = 1, **options: Any) -> pl.Trainer:
     pl.seed_everything(3)
     trainer = quiet_trainer(
         folder,
+        devices=devices,
         max_epochs=3,
         log_every_n_steps=2,
         val_check_interval=3,
@@ -61,20 +62,25 @@ def fit(folder: Path, **options: Any) -> pl.Trainer:
     return trainer
 
 
+@pytest.mark.parametrize(("devices", "every", "checkpoints"), [(1, 1, 15 + 3 + 3), (2, 4, 9 + 3 + 3)])
 @pytest.mark.filterwarnings("ignore:the checkpoint folder")
-def test_the_log_of_a_run_resumed_anywhere_is_that_of_the_whole_run(tmp_path: Path) -> None:
-    whole = fit(tmp_path)
+def test_a_run_resumed_anywhere_ends_and_logs_as_the_whole_run(
+    tmp_path: Path, devices: int, every: int, checkpoints: int
+) -> None:
+    whole = fit(tmp_path, devices)
     log = tmp_path / "log" / "metrics.csv"
-    expected, values = log.read_text(), dict(whole.callback_metrics)
+    expected, values, weights = log.read_text(), dict(whole.callback_metrics), whole.lightning_module.state_dict()
     taken = [path for kind in ("steps", "epochs", "val") for path in (tmp_path / kind).glob("*.ckpt")]
-    assert len(taken) == 15 + 3 + 3
+    assert len(taken) == checkpoints
 
-    for path in sorted(taken):
-        resumed = fit(tmp_path, ckpt_path=path)
+    for path in sorted(taken)[::every]:
+        resumed = fit(tmp_path, devices, ckpt_path=path)
         assert log.read_text() == expected, path
         assert {key: value.item() for key, value in resumed.callback_metrics.items()} == {
             key: value.item() for key, value in values.items()
         }, path
+        for name, weight in resumed.lightning_module.state_dict().items():
+            assert torch.equal(weight, weights[name]), (path, name)
 
 
 def test_what_was_logged_after_the_checkpoint_is_kept_beside_the_log(tmp_path: Path) -> None:

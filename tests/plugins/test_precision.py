@@ -110,15 +110,19 @@ def test_what_cannot_be_is_refused_with_what_can() -> None:
 
 
 def test_public_names_of_plugins() -> None:
-    assert lightlite.plugins.__all__ == [
+    assert sorted(lightlite.plugins.__all__) == [
+        "AsyncCheckpointIO",
+        "CheckpointIO",
         "DoublePrecision",
         "FullPrecision",
         "HalfPrecision",
         "MixedPrecision",
         "Precision",
+        "TorchCheckpointIO",
         "TruePrecision",
     ]
     for name in lightlite.plugins.__all__:
-        assert issubclass(getattr(lightlite.plugins, name), Precision)
+        kind = lightlite.plugins.CheckpointIO if name.endswith("CheckpointIO") else Precision
+        assert issubclass(getattr(lightlite.plugins, name), kind)
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         lightlite.plugins.Nonsense  # noqa: B018

@@ -324,9 +324,8 @@ for _ in range(2):
 @pytest.mark.skipif(sys.platform != "linux", reason="the interface is called lo on Linux")
 def test_ranks_on_several_machines_use_the_interface_that_leads_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, POD, {"MASTER_ADDR": "127.0.0.1", "NCCL_SOCKET_IFNAME": "of-the-user"})
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "")  # so that it is put back, whatever is set below
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is put back, whatever is set below
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     EnvironmentRegistry.create("kubernetes").export()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "of-the-user"

@@ -48,6 +48,7 @@ def main() -> None:
 
 def run(command: list[str]) -> None:
     """Run a script, a directory, an archive or, after "-m", a module, as `__main__` in this process."""
+    sys.modules["__mp_main__"] = MainOfTheMoment("__mp_main__")
     if command[0] == "-m":
         sys.argv[:] = command[1:]
         sys.path[0] = os.getcwd()
@@ -67,6 +68,17 @@ def run(command: list[str]) -> None:
     vars(module).update(__file__=path, __builtins__=sys.modules["builtins"], __annotations__={})
     sys.modules["__main__"] = module
     exec(code, vars(module))
+
+
+class MainOfTheMoment(ModuleType):
+    """The main module by the name under which spawned children know it.
+
+    multiprocessing lets that name lead to what was the main module when it was imported: to this file.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        """What the main module has by that name."""
+        return getattr(sys.modules["__main__"], name)
 
 
 def die_with_launcher(launcher: int) -> None:

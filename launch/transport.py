@@ -18,7 +18,7 @@ import tempfile
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -92,6 +92,17 @@ def pack_small(result: Any) -> bytes:
     return file.getvalue()
 
 
+def pack_for_child(value: Any, file: BinaryIO, reducers: Mapping[type, Callable[[Any], Any]]) -> None:
+    """Write what a child process of this one is to have, for `pickle.load`.
+
+    Args:
+        value: Anything that can be sent.
+        file: Where it is written.
+        reducers: By type, how what these processes share is pickled, such as tensors in shared memory.
+    """
+    _ChildPickler(file, reducers).dump(value)
+
+
 def unpack(packed: Packed, mapped: memoryview) -> Any:
     """Put an object together again, over the bytes of the file that `pack` filled.
 
@@ -121,7 +132,7 @@ def _append(file: BinaryIO, data: memoryview) -> tuple[int, int]:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer] | None, outputs: bool) -> None:
+    def __init__(self, file: BinaryIO, buffers: list[pickle.PickleBuffer] | None, outputs: bool) -> None:
         def keep(buffer: pickle.PickleBuffer) -> None:
             assert buffers is not None
             buffers.append(buffer)
@@ -188,6 +199,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if storage._cdata not in self._on_cpu:
             self._on_cpu[storage._cdata] = (storage, storage.cpu())
         return self._on_cpu[storage._cdata][1]
+
+
+class _ChildPickler(_Pickler):
+    def __init__(self, file: BinaryIO, reducers: Mapping[type, Callable[[Any], Any]]) -> None:
+        super().__init__(file, None, outputs=False)
+        self._reducers = reducers
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduce = self._reducers.get(type(obj))
+        return super().reducer_override(obj) if reduce is None else reduce(obj)
 
 
 def _is_part(tensor: torch.Tensor) -> bool:

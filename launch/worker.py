@@ -21,7 +21,7 @@ import sys
 import threading
 
 from lightlite import distributed
-from lightlite.launch import messages, reports, stacks, transport
+from lightlite.launch import messages, reports, spawning, stacks, transport
 from lightlite.launch.ending import MARK
 from lightlite.launch.messages import Task
 from lightlite.launch.reports import Report
@@ -34,6 +34,7 @@ def main() -> None:
     """Serve one task after the other, until the parent is gone."""
     descriptor, parent, folder, stack = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
+    spawning.send_by_value()
     faulthandler.enable()
     stacks.answer(stack)
     os.set_inheritable(descriptor, False)

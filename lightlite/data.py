@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 import random
 import sys
 from collections import deque
@@ -21,25 +22,70 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightlite import distributed
-from lightlite.dealing import Dealt, Draw, Endless, slices
+from lightlite.dealing import Column, Cycle, Dealt, Draw, same_rng, slices
 from lightlite.errors import MisconfigurationException
 from lightlite.utilities.combined_loader import CombinedLoader, combined_length, draw_together, is_nest, sized_len
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
 
 
-class RankLoader:
+class _Pass:
+    """What a pass through one or more loaders has of its own: the random state in which its order is drawn."""
+
+    order: dict[str, Any] | None = None
+    """That state, in the present pass, where hooks have drawn random numbers since the pass was begun."""
+
+    def _begin(
+        self,
+        loaders: Sequence[RankLoader],
+        skips: Sequence[int],
+        limit: int | None,
+        at: dict[str, Any] | None,
+        seek: bool,
+    ) -> tuple[Iterator[Any], list[Iterator[Any]]]:
+        """Begin a pass of each loader, all before any of them draws, as where all are iterated.
+
+        The order is drawn with the first batch, as any loader does, and at once where a place in it is sought.
+
+        Returns:
+            An iterator that yields nothing, to be used up first: by every rank, whether it has a batch or not; and
+            the iterators.
+        """
+        dealt = [loader for loader in loaders if loader._splits_batches]
+        with _alike() if dealt else nullcontext():
+            begun = [loader._open(skip, limit) for loader, skip in zip(loaders, skips, strict=True)]
+        began = capture_rng()
+        self.order = (at or {}).get("order")
+
+        def draw() -> Iterator[Any]:
+            if self.order is not None:
+                restore_rng(self.order)
+            elif not same_rng(now := capture_rng(), began):
+                self.order = now
+            with _alike() if dealt else nullcontext():
+                for loader in loaders if seek else dealt:
+                    loader._draw_beginning()
+            for loader in dealt:
+                loader._check_alike()
+            yield from ()
+
+        first = draw()
+        return (iter(list(first)) if seek else first), begun
+
+
+class RankLoader(_Pass):
     """What this rank iterates of a user's loader.
 
     Args:
         loader: Any iterable of batches; a DataLoader is dealt out by index, without loading what others get.
         training: Whether to deal slices of global batches, or, for evaluation, whole batches in turn.
         deal: Whether to deal at all; False where the data is split by the user.
-        endless: Whether the batches that are dealt out in evaluation come again and again, as one sequence.
+        endless: What gives the indices of the batches where those dealt out in evaluation come again and again, as
+            one sequence.
 
     Attributes:
         source: What was given as `loader`.
@@ -48,7 +94,7 @@ class RankLoader:
         length: In training, this rank's number of batches; in evaluation, the number over all ranks. None if unknown.
     """
 
-    def __init__(self, loader: Any, training: bool, deal: bool = True, endless: bool = False) -> None:
+    def __init__(self, loader: Any, training: bool, deal: bool = True, endless: Column | None = None) -> None:
         self.source = loader
         self._training, self._endless = training, endless
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
@@ -86,12 +132,11 @@ class RankLoader:
             return twin_of(self.source) if isinstance(self.source, DataLoader) else self.source
         loader: DataLoader[Any] = self.source
         if not self._training:
-            batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-            if self._endless:
-                batches = Endless(batches, loader.generator)
-            return self._copy(
-                batches, lambda items: itertools.islice(items, rank, None, world), loader.batch_sampler is None
-            )
+            unbatched = loader.batch_sampler is None
+            batches: Any = loader.sampler if unbatched else loader.batch_sampler
+            if self._endless is not None:
+                batches = self._endless
+            return self._copy(batches, lambda items: itertools.islice(items, rank, None, world), unbatched)
         if loader.batch_sampler is not None and type(loader.batch_sampler) is BatchSampler:
             size, drop_last = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
             sampler = loader.batch_sampler.sampler
@@ -124,26 +169,35 @@ class RankLoader:
         return twin
 
     def _count(self) -> int | None:
-        if self._dealt is not None and not self._training:
-            return sized_len(self._dealt.source)
+        if not self._training:
+            return sized_len(self.source)
         count = sized_len(self.loader)
-        if count is None or not (self._passing and self._training):
+        if count is None or not self._passing:
             return count
         return count // self._world if self._drops_last else -(-count // self._world)
 
-    def start(self, skip: int = 0, limit: int | None = None, at: dict[str, Any] | None = None) -> Iterator[Any]:
-        """This rank's batches of one pass. A collective call where batches are dealt out.
+    def start(
+        self, skip: int = 0, limit: int | None = None, at: dict[str, Any] | None = None, seek: bool = False
+    ) -> Iterator[Any]:
+        """This rank's batches of one pass. A collective call where batches are dealt out, and so is its first batch.
 
         Args:
             skip: Batches of this rank to pass over: by index where the loader allows it, else by loading them.
             limit: After how many batches to end: in training of this rank, in evaluation of all ranks together. Nothing
                 more is drawn then, so that generators stand where one process would leave them.
-            at: What `state_dict` returned at the place to skip to; `RankLoaders` needs it.
+            at: What `state_dict` returned at the place to skip to.
+            seek: Whether to draw the order at once; so it is where something is passed over.
 
         Raises:
-            MisconfigurationException: On every rank, where the ranks' samplers do not draw the same.
+            MisconfigurationException: On every rank, with the first batch, where the ranks' samplers do not draw the
+                same.
         """
-        return _start_together([self], [skip], limit)[0]
+        first, (batches,) = self._begin([self], [skip], limit, at, seek or bool(skip))
+        if self.length is not None and not self._training and self._endless is None:
+            # Used up, as by a `for` loop, but no more than the loader says it has: there may be no end.
+            indices = range(self.first + skip * self.stride, self.length, self.stride)
+            batches = map(operator.itemgetter(0), zip(batches, indices, strict=False))
+        return itertools.chain(first, batches)
 
     def _open(self, skip: int, limit: int | None) -> Iterator[Any]:
         """Begin a pass. `_draw_beginning` comes next."""
@@ -154,11 +208,14 @@ class RankLoader:
         if self._dealt is not None:
             self._dealt.skip, self._dealt.limit = skip, stop
             return iter(self.loader)
-        mine: Iterator[Any] = iter(Endless(self.loader) if self._endless and self._passing else self.loader)
+        mine: Iterator[Any] = iter(self.loader)
+        again_and_again = self._passing and self._endless is not None
+        if again_and_again:
+            mine = itertools.chain(mine, itertools.chain.from_iterable(itertools.repeat(self.loader)))
         if stop is not None:
             mine = itertools.islice(mine, stop)
         if self._passing:
-            if self._endless or not getattr(self.loader, "num_workers", 0):
+            if again_and_again or not getattr(self.loader, "num_workers", 0):
                 mine = self._beginning = Draw(mine, 1)
             dealt = slices(mine, None, self._drops_last, self._rank, self._world) if self._training else mine
             mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
@@ -220,8 +277,8 @@ class RankLoader:
         return list({id(generator): generator for generator in found if hasattr(generator, "get_state")}.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the generators that the loader owns."""
-        return {"generators": [generator.get_state() for generator in self._generators()]}
+        """States of the generators that the loader owns, and the random state from which the order was drawn."""
+        return {"generators": [generator.get_state() for generator in self._generators()], "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Put back what `state_dict` returned."""
@@ -240,19 +297,6 @@ class RankLoader:
         batches = getattr(loader, "batch_sampler", None)
         holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
         return list({id(holder): holder for holder in holders}.values())
-
-
-def _start_together(loaders: Sequence[RankLoader], skips: Sequence[int], limit: int | None) -> list[Iterator[Any]]:
-    """Begin a pass of each; see `RankLoader.start`. All are begun before any draws, as where all are iterated."""
-    dealt = [loader for loader in loaders if loader._splits_batches]
-    with _alike() if dealt else nullcontext():
-        begun = [loader._open(skip, limit) for loader, skip in zip(loaders, skips, strict=True)]
-        for loader, skip in zip(loaders, skips, strict=True):
-            if skip or loader._splits_batches:  # else with the first batch, as any loader does
-                loader._draw_beginning()
-    for loader in dealt:
-        loader._check_alike()
-    return begun
 
 
 @contextmanager
@@ -363,15 +407,17 @@ def limit_of(limit: int | float, length: int | None, name: str) -> int | None:
 
 
 def sequential(loader: Any) -> Any:
-    """A DataLoader like `loader` without shuffling, for `overfit_batches`."""
-    from torch.utils.data import RandomSampler, SequentialSampler
-
+    """A DataLoader like `loader` that takes the samples in the dataset's order, for `overfit_batches`."""
     if isinstance(loader, CombinedLoader):
         unshuffled = copy.copy(loader)
         unshuffled.flattened = [sequential(part) for part in loader.flattened]
         return unshuffled
-    if not _is_map_style(loader) or not isinstance(loader.sampler, RandomSampler):
+    if not _is_map_style(loader) or isinstance(loader.sampler, SequentialSampler):
         return loader
+    rank_zero_warn(
+        "overfit_batches takes the same batches in every epoch, in the dataset's order, and so not those of "
+        f"{type(loader.sampler).__name__}; give a loader with shuffle=False to be rid of this warning"
+    )
     order = SequentialSampler(loader.dataset)
     if loader.batch_sampler is None:
         return with_sampler(loader, order, unbatched=True)
@@ -407,7 +453,7 @@ def one_by_one(loaders: Any) -> list[Any]:
     return list(loaders.flattened) if in_turn else [loaders]
 
 
-class RankLoaders:
+class RankLoaders(_Pass):
     """What this rank iterates of a CombinedLoader. It has the face of a `RankLoader`, and yields nests of batches.
 
     Args:
@@ -426,7 +472,11 @@ class RankLoaders:
         cycles = loader.mode == "max_size_cycle"
         # Ranks come to the end of a loader at different batches, where they cannot agree on how it starts over.
         endless = cycles and not training and deal and distributed.world_size() > 1
-        self._parts = [RankLoader(part, training, deal, endless) for part in loader.flattened]
+        self._cycle = Cycle(loader.flattened) if endless else None
+        columns = self._cycle.columns if self._cycle else [None] * len(loader.flattened)
+        self._parts = [
+            RankLoader(part, training, deal, column) for part, column in zip(loader.flattened, columns, strict=True)
+        ]
         for part in self._parts:
             part.draw_by_index()
         self.loader = loader.unflatten([part.loader for part in self._parts])
@@ -450,28 +500,32 @@ class RankLoaders:
         known = [number for number in (limit, self.length) if number is not None]
         stop = min(known, default=None)
         self._drawn, self._passes = skip, dict((at or {}).get("passes", {}))
+        if self._cycle is not None:
+            self._cycle.begin(stop)
         begin = self._in_turn if self.source.mode == "sequential" else self._together
         left = None if stop is None else len(range(self.first + skip * self.stride, stop, self.stride))
-        return self._counted(itertools.islice(begin(skip, stop), left))
+        first, batches = begin(skip, stop, at)
+        return self._counted(itertools.chain(first, itertools.islice(batches, left)))
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self._drawn += 1
             yield batch
 
-    def _together(self, skip: int, stop: int | None) -> Iterator[Any]:
+    def _together(self, skip: int, stop: int | None, at: dict[str, Any] | None) -> tuple[Iterator[Any], Iterator[Any]]:
         skips = [0 if index in self._passes else skip for index in range(len(self._parts))]
-        running = _start_together(self._parts, skips, stop)
+        first, running = self._begin(self._parts, skips, stop, at, bool(skip))
         for index in self._passes:
             running[index] = self._go_on(index, skip)
         together = draw_together(self.source.mode, running, self._start_over, self._passes)
-        return map(self.source.unflatten, together)
+        return first, map(self.source.unflatten, together)
 
-    def _in_turn(self, skip: int, stop: int | None) -> Iterator[Any]:
+    def _in_turn(self, skip: int, stop: int | None, at: dict[str, Any] | None) -> tuple[Iterator[Any], Iterator[Any]]:
         current = max(self._passes, default=0)
-        running = self._go_on(current, skip) if current else self._parts[0].start(skip, stop)
+        began = at["parts"][0] if at else None
+        running = self._go_on(current, skip) if current else self._parts[0].start(skip, stop, began)
         later = (self._start_over(index) for index in range(current + 1, len(self._parts)))
-        return itertools.chain(running, itertools.chain.from_iterable(later))
+        return iter(()), itertools.chain(running, itertools.chain.from_iterable(later))
 
     def _start_over(self, index: int) -> Iterator[Any]:
         part = self._parts[index]
@@ -483,17 +537,15 @@ class RankLoaders:
         began, part = self._passes[index], self._parts[index]
         restore_rng(began["random"])
         part.load_state_dict(began["loader"])
-        running = part.start(skip - began["from"])
-        if skip == began["from"]:
-            part._draw_beginning()
-        return running
+        return part.start(skip - began["from"], seek=True)
 
     def track(self) -> None:
         """Nothing: a nest of batches has no indices in one dataset."""
 
     def state_dict(self) -> dict[str, Any]:
         """States of the generators that the loaders own, and how those began that have started over."""
-        return {"parts": [part.state_dict() for part in self._parts], "passes": dict(self._passes)}
+        parts = [part.state_dict() for part in self._parts]
+        return {"parts": parts, "passes": dict(self._passes), "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Put back the generators' states that `state_dict` returned."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from typing_extensions import Self
 from lightlite.hooks import CheckpointHooks, DataHooks
 from lightlite.hparams import HyperparametersMixin
 from lightlite.restore import datamodule_from_checkpoint
+from lightlite.utilities.combined_loader import CombinedLoader, is_nest, sized_len
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -25,17 +28,31 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
     `val_dataloader`, `test_dataloader`, `predict_dataloader`. Semantics are those of Lightning 2.x.
     """
 
-    def __init__(self) -> None:
+    name: str | None = None
+    """Anything; lightlite does not look at it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.trainer: Trainer | None = None
         self.prepare_data_per_node = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trainer": None}
 
-    @property
-    def name(self) -> str:
-        """The class's name, for messages."""
-        return type(self).__name__
+    def __str__(self) -> str:
+        """Sizes of the datasets of each stage's loaders, for stages that are set up."""
+        stages = {"Train": "train", "Validation": "val", "Test": "test", "Predict": "predict"}
+        return os.linesep.join(f"{{{title} dataloader: {self._sizes(stage)}}}" for title, stage in stages.items())
+
+    def _sizes(self, stage: str) -> str:
+        try:
+            loaders = getattr(self, f"{stage}_dataloader")()
+        except Exception:  # whatever a hook raises whose setup() has not been called
+            return "None"
+        several = is_nest(loaders)
+        flat = CombinedLoader(loaders).flattened if several else [loaders]
+        lengths = [sized_len(getattr(loader, "dataset", None)) for loader in flat]
+        sizes = [f"size={'NA' if length is None else length}" for length in lengths]
+        return " ; ".join(f"{number}. {size}" for number, size in enumerate(sizes, 1)) if several else sizes[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint should keep of this object; plain data and tensors."""
@@ -65,25 +82,24 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
             val_dataset: Dataset, or a sequence of them.
             test_dataset: Dataset, or a sequence of them.
             predict_dataset: Dataset, or a sequence of them.
-            batch_size: Of every loader.
-            num_workers: Of every loader.
+            batch_size: Of every loader; an argument of the class's `__init__` too, where it takes one of that name.
+            num_workers: The same.
             datamodule_kwargs: For the class's `__init__`.
         """
         from torch.utils.data import DataLoader, IterableDataset
 
-        def loader(dataset: Any, shuffle: bool) -> Any:
-            shuffle = shuffle and not isinstance(dataset, IterableDataset)
-            return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
-
         def loaders(datasets: Any, shuffle: bool = False) -> Any:
             if isinstance(datasets, Mapping):
-                return {key: loader(dataset, shuffle) for key, dataset in datasets.items()}
-            if isinstance(datasets, Sequence) and not hasattr(datasets, "__add__"):
-                return [loader(dataset, shuffle) for dataset in datasets]
+                return {key: loaders(dataset, shuffle) for key, dataset in datasets.items()}
             if isinstance(datasets, (list, tuple)):
-                return [loader(dataset, shuffle) for dataset in datasets]
-            return loader(datasets, shuffle)
+                return [loaders(dataset, shuffle) for dataset in datasets]
+            shuffle = shuffle and not isinstance(datasets, IterableDataset)
+            return DataLoader(datasets, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
 
+        taken = inspect.signature(cls.__init__).parameters
+        anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        sizes = {"batch_size": batch_size, "num_workers": num_workers}
+        datamodule_kwargs |= {name: value for name, value in sizes.items() if anything or name in taken}
         datamodule = cls(**datamodule_kwargs)
         if train_dataset is not None:
             datamodule.train_dataloader = lambda: loaders(train_dataset, shuffle=True)  # type: ignore[method-assign]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightlite import distributed
+from lightlite.utilities.combined_loader import draw_together
 from lightlite.utilities.seed import capture_rng, restore_rng
 
 FEW = 16
@@ -78,26 +79,54 @@ class Dealt(Sampler[Any]):
             self._last.draw()
 
 
-class Endless(Iterable[Any]):
-    """An iterable that starts over whenever it is over.
+class Cycle:
+    """The samplers of loaders that start over until the longest is over, drawn from together as one process would.
+
+    Drawn from one after the other, in blocks, they would use the random state in another order.
 
     Args:
-        source: The iterable.
-        generator: For a DataLoader's sampler, the loader's generator, if it has one of its own.
+        loaders: The loaders. One that is not dealt out by index only takes its place in the order.
+
+    Attributes:
+        columns: For each loader, the batches of indices of the pass that `begin` began.
     """
 
-    def __init__(self, source: Any, generator: torch.Generator | None = None) -> None:
-        self._source, self._generator = source, generator
+    def __init__(self, loaders: Sequence[Any]) -> None:
+        self._loaders = loaders
+        self.columns = [Column(self, index) for index in range(len(loaders))]
+        self.iterators: list[Iterator[Any]] = []
+
+    def begin(self, limit: int | None) -> None:
+        """Begin a pass, of `limit` batches of each loader."""
+        sources = [self._source(loader) for loader in self._loaders]
+
+        def restart(index: int) -> Iterator[Any]:
+            loader = self._loaders[index]
+            own = getattr(loader, "generator", None)
+            if isinstance(loader, DataLoader) and (own is None or not isinstance(sources[index], range)):
+                # So does a DataLoader that is iterated anew, to seed its workers.
+                torch.empty((), dtype=torch.int64).random_(generator=own)
+            return iter(sources[index])
+
+        rows = draw_together("max_size_cycle", [iter(source) for source in sources], restart)
+        copies = itertools.tee(Draw(itertools.islice(rows, limit)), len(sources))
+        self.iterators = [map(operator.itemgetter(index), copy) for index, copy in enumerate(copies)]
+
+    @staticmethod
+    def _source(loader: Any) -> Iterable[Any]:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return range(len(loader))
+        return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+class Column(Iterable[Any]):
+    """What one loader draws of a `Cycle`."""
+
+    def __init__(self, cycle: Cycle, index: int) -> None:
+        self._cycle, self._index = cycle, index
 
     def __iter__(self) -> Iterator[Any]:
-        for number in itertools.count():
-            if number and not isinstance(self._source, DataLoader):
-                # So does a DataLoader that is iterated anew, to seed its workers.
-                torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-            yield from self._source
-
-    def __len__(self) -> int:
-        return len(self._source)
+        return self._cycle.iterators[self._index]
 
 
 class Draw:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 import lightlite as pl
 from lightlite.callbacks import ModelCheckpoint
@@ -219,7 +219,8 @@ def test_a_stream_beside_a_loader_is_as_long_as_the_shortest(tmp_path: Path) -> 
 
 def test_overfit_batches_takes_the_shuffling_out_of_every_loader(tmp_path: Path) -> None:
     module, trainer = Noting(), quiet_trainer(tmp_path, overfit_batches=1)
-    trainer.fit(module, CombinedLoader({"a": numbers(9, 3, shuffle=True), "b": numbers(9, 3, shuffle=True)}))
+    with pytest.warns(UserWarning, match="in the dataset's order, and so not those of RandomSampler; give"):
+        trainer.fit(module, CombinedLoader({"a": numbers(9, 3, shuffle=True), "b": numbers(9, 3, shuffle=True)}))
     assert module.trained == [{"a": [0, 1, 2], "b": [0, 1, 2]}]
 
 
@@ -297,6 +298,26 @@ def test_validation_on_combined_batches_gives_the_same_numbers_on_two_ranks(
         scores.append(values)
     assert scores[1] == pytest.approx(scores[0])
     assert scores[0]["count"] == min({"min_size": 3}.get(mode, 9), 9 if limit == 1.0 else limit)
+
+
+@pytest.mark.parametrize("limit", [1.0, 6])
+def test_cycling_loaders_shuffled_by_the_global_generator_are_evaluated_alike_on_two_ranks(
+    tmp_path: Path, limit: float
+) -> None:
+    seen = []
+    for world in (1, 2):
+        torch.manual_seed(3)
+        loaders = {
+            "a": numbers(5, 2, shuffle=True),
+            "b": numbers(17, 2, shuffle=True),
+            "c": DataLoader(SizedStream(5), batch_size=2),
+            "d": numbers(4, 2, sampler=RandomSampler(NumberData(4), replacement=True)),
+        }
+        trainer = quiet_trainer(tmp_path, devices=world, limit_predict_batches=limit)
+        predictions = trainer.predict(Noting(), CombinedLoader(loaders, "max_size_cycle"))
+        seen.append(([shown(batch) for batch in predictions], torch.rand(()).item()))
+    assert len(seen[0][0]) == (9 if limit == 1.0 else 6)
+    assert seen[1] == seen[0]
 
 
 def test_streams_cycle_beside_a_longer_loader_on_two_ranks(tmp_path: Path) -> None:

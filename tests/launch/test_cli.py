@@ -34,6 +34,25 @@ names = ("LIGHTLITE_ACCELERATOR", "LIGHTLITE_DEVICES", "RANK", "WORLD_SIZE", "LO
 print(json.dumps({name: os.environ.get(name) for name in names} | {"path": sys.path[0], "file": __file__}))
 """
 
+SPAWNING = """
+import multiprocessing, os
+
+class Box:
+    def __init__(self, value):
+        self.value = value
+
+def put(queue):
+    queue.put(Box(os.environ["RANK"]))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=put, args=(queue,))
+    child.start()
+    print(queue.get().value)
+    child.join()
+"""
+
 FAULTS = """
 import os, signal, sys, time
 from pathlib import Path
@@ -124,6 +143,14 @@ def test_a_module_is_run_as_python_m_would() -> None:
     found = json.loads(result.stdout)
     assert found["path"] == os.getcwd()
     assert found["file"] == os.path.join(os.getcwd(), "package", "work.py")
+
+
+@pytest.mark.parametrize("how", [["job.py"], ["-m", "job"]], ids=["script", "module"])
+def test_what_a_spawned_child_returns_is_of_the_scripts_own_classes(how: list[str]) -> None:
+    write("job.py", SPAWNING)
+    done = launch(*TWO_ON_CPU, *how)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0\n"
 
 
 def test_ranks_get_their_environment_and_share_the_cores() -> None:

@@ -209,6 +209,52 @@ def test_loader_workers_of_a_helper_return_classes_of_the_script(tmp_path: Path)
     assert output.split() == ["[45,", "45]"] * 2
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_a_helper_spawns_get_what_the_script_defines(tmp_path: Path, method: str) -> None:
+    program = """
+        import sys
+        from dataclasses import dataclass
+        from torch.utils.data import DataLoader, Dataset
+        from lightlite import distributed
+        from lightlite.launch.helpers import HelperPool
+
+        STEP = 3
+
+        @dataclass
+        class Batch:
+            items: list
+            note: str
+
+        class Steps(Dataset):
+            def __init__(self, length):
+                self.length = length
+            def __len__(self):
+                return self.length
+            def __getitem__(self, index):
+                return index * STEP
+
+        def collate(items):
+            return Batch(items, note)
+
+        def set_note(worker):
+            global note
+            note = f"by {worker}"
+
+        def work(ranks, loader):
+            distributed.join(ranks, "gloo")
+            batches = list(loader)
+            assert all(type(batch) is Batch for batch in batches)
+            return distributed.gather_objects([(batch.items, batch.note) for batch in batches])
+
+        if __name__ == "__main__":
+            options = dict(num_workers=1, multiprocessing_context=sys.argv[1], worker_init_fn=set_note)
+            loader = DataLoader(Steps(4), batch_size=2, collate_fn=collate, **options)
+            own, helpers = HelperPool(2).run(work, loader)
+            print(own == helpers, own)
+        """
+    assert run_script(tmp_path, program, method) == "True [([0, 3], 'by 0'), ([6, 9], 'by 0')]\n"
+
+
 def test_python_minus_c_works_and_exit_is_quick_and_leaves_nobody() -> None:
     program = (
         "import os\nfrom lightlite import distributed\nfrom lightlite.launch.helpers import HelperPool\n"

@@ -66,18 +66,34 @@ def move_to(
     return _Walk(move, move_object).visit(nest)
 
 
+def as_tensors(nest: Any, device: torch.device) -> Any:
+    """`nest` with its numbers and NumPy arrays made tensors, and all of them on `device`; see `move_to`."""
+
+    def convert(leaf: Any) -> Any:
+        is_value = isinstance(leaf, (bool, int, float)) or type(leaf).__module__ == "numpy"
+        return torch.as_tensor(leaf, device=device) if is_value else leaf
+
+    return move_to(_Walk(lambda tensor: tensor, on_leaf=convert).visit(nest), device)
+
+
 class _Walk:
     """One pass through one nest; remembers what it met, so that shared things stay shared."""
 
-    def __init__(self, on_tensor: Callable[[Tensor], Any], on_movable: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        on_tensor: Callable[[Tensor], Any],
+        on_movable: Callable[[Any], Any] | None = None,
+        on_leaf: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.on_tensor = on_tensor
         self.on_movable = on_movable
+        self.on_leaf = on_leaf
         # The original is kept beside its result, so that its id cannot be given to another object meanwhile.
         self.done: dict[int, tuple[Any, Any]] = {}
 
     def visit(self, nest: Any) -> Any:
         if isinstance(nest, _PLAIN):
-            return nest
+            return nest if self.on_leaf is None else self.on_leaf(nest)
         if id(nest) in self.done:
             return self.done[id(nest)][1]
         result = self._rebuild(nest)
@@ -96,7 +112,7 @@ class _Walk:
             return self._mapping(nest)
         if dataclasses.is_dataclass(nest):
             return self._record(nest)
-        return nest
+        return nest if self.on_leaf is None else self.on_leaf(nest)
 
     def _sequence(self, nest: Any) -> Any:
         values = [self.visit(value) for value in nest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -69,6 +70,15 @@ class AsRecorder:
         self._fabric = fabric
 
     def log(self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, *options: Any) -> None:
-        """See `LightningModule.log`."""
+        """See `LightningModule.log`.
+
+        Raises:
+            ValueError: For what is no number, such as a Metric: there is no epoch at whose end it would be computed.
+        """
+        if not isinstance(value, (Number, Tensor)):
+            raise ValueError(
+                f"self.log({name!r}, {value!r}): a module that a Fabric has set up logs numbers and tensors of one "
+                "element; of a Metric, log metric.compute()"
+            )
         if logger is not False:
             self._fabric.log(name, value)

@@ -6,6 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from lightlite.fabric.wrappers import (
     _FabricModule,
     _FabricOptimizer,
     is_wrapped,
+    settle,
     unwrap,
     unwrap_compiled,
 )
 from lightlite.interfaces import Accelerator, Strategy
 from lightlite.loggers import Logger
 from lightlite.module import LightningModule
-from lightlite.nest import move_to
+from lightlite.nest import apply_to_tensors, move_to
 from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
 
@@ -96,9 +98,10 @@ class Fabric(Place):
         self._has_module = False
         self._modules: weakref.WeakSet[_FabricModule] = weakref.WeakSet()
         self._loaders: weakref.WeakSet[_FabricDataLoader] = weakref.WeakSet()
+        self._optimizers: weakref.WeakSet[_FabricOptimizer] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_launcher", "_modules", "_loaders")
+        own = ("_launcher", "_modules", "_loaders", "_optimizers")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,7 +232,7 @@ class Fabric(Place):
                 "'meta'); set up the module first: model = fabric.setup_module(model), then make the optimizer of "
                 "model.parameters()"
             )
-        return _FabricOptimizer(optimizer, self.strategy, self._precision, self._callbacks)
+        return _FabricOptimizer(optimizer, self.strategy, self._precision, self._callbacks, self._optimizers)
 
     def _attach(self, module: nn.Module, optimizers: list[_FabricOptimizer]) -> None:
         """Let a LightningModule log, and reach what it reaches through its Trainer otherwise; call its hooks, too."""
@@ -246,6 +249,9 @@ class Fabric(Place):
         evaluation: bool = False,
     ) -> Any:
         """Set up loaders: each rank iterates its share, on its device.
+
+        On several ranks, all of them begin each pass through a loader together; a loader that one rank iterates alone
+        is not to be set up.
 
         Args:
             dataloaders: DataLoaders, or other iterables of batches.
@@ -311,6 +317,7 @@ class Fabric(Place):
         if scaler is None:
             tensor.backward(*args, **kwargs)
             return
+        settle(scaler, self._optimizers)
         self._backward_pass.active = True
         try:
             scaler.scale(tensor).backward(*args, **kwargs)
@@ -351,6 +358,8 @@ class Fabric(Place):
         inner: Optimizer = unwrap(optimizer)
         if self._precision.scaler is not None:
             self._precision.scaler.unscale_(inner)
+            for wrapped in self._optimizers:
+                wrapped._unscaled |= wrapped.optimizer is inner
             error_if_nonfinite = False
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
         if clip_val is not None:
@@ -434,6 +443,8 @@ class Fabric(Place):
         """
         saving.check_filter({} if filter is None else filter, state)
         self._take_place()
+        if self._precision.scaler is not None:
+            settle(self._precision.scaler, self._optimizers)
         content = saving.collect(state, filter or {}, self.strategy)
         if self.is_global_zero:
             self.strategy.checkpoint_io.save_checkpoint(content, path)
@@ -459,6 +470,7 @@ class Fabric(Place):
             What is in the file besides; all of it without `state`.
 
         Raises:
+            TypeError: For a state that is no dict.
             CheckpointError: For a file that is missing, damaged, or, if strict, lacks a name.
         """
         self._take_place()
@@ -495,9 +507,12 @@ class Fabric(Place):
         Args:
             metrics: Numbers or tensors of one element, by name.
             step: The x-axis; None leaves it to the logger.
+
+        Raises:
+            ValueError: For a tensor of several elements.
         """
         if self.is_global_zero and self._loggers:
-            values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+            values = {name: apply_to_tensors(value, partial(_as_number, name)) for name, value in metrics.items()}
             for logger in self._loggers:
                 logger.log_metrics(metrics=values, step=step)
 
@@ -526,6 +541,15 @@ def _follow(optimizers: Iterable[Optimizer], given: list[nn.Parameter], moved: l
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
+
+
+def _as_number(name: str, value: Tensor) -> Any:
+    if value.numel() != 1:
+        raise ValueError(
+            f"fabric.log({name!r}, …) was given a tensor of shape {tuple(value.shape)}; give a number, such as its "
+            "mean()"
+        )
+    return value.item()
 
 
 def _save_logs(loggers: list[Logger]) -> None:

@@ -1,6 +1,6 @@
 """Loggers under the argument names that Fabric has for them: `root_dir` is what `lightlite.loggers` call `save_dir`.
 
-They are functions: a class of the same name beside the Trainer's would make "CSVLogger" ambiguous on a command line.
+Their classes have names of their own: two of the name "CSVLogger" would make it ambiguous on a command line.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from lightlite.utilities.files import PathLike
 __all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "rank_zero_experiment"]
 
 
-def CSVLogger(root_dir: PathLike, *args: Any, **kwargs: Any) -> loggers.CSVLogger:
+class FabricCSVLogger(loggers.CSVLogger):
     """A `lightlite.loggers.CSVLogger` that writes below `root_dir`; what follows are its other arguments."""
-    return loggers.CSVLogger(root_dir, *args, **kwargs)
+
+    def __init__(self, root_dir: PathLike, *args: Any, **kwargs: Any) -> None:
+        super().__init__(root_dir, *args, **kwargs)
 
 
-def TensorBoardLogger(root_dir: PathLike, *args: Any, **kwargs: Any) -> loggers.TensorBoardLogger:
+class FabricTensorBoardLogger(loggers.TensorBoardLogger):
     """A `lightlite.loggers.TensorBoardLogger` that writes below `root_dir`; what follows are its other arguments.
 
     Args:
@@ -28,4 +30,10 @@ def TensorBoardLogger(root_dir: PathLike, *args: Any, **kwargs: Any) -> loggers.
         args: `name` and `version`.
         kwargs: Of the logger or of torch's `SummaryWriter`.
     """
-    return loggers.TensorBoardLogger(root_dir, *args, **kwargs)
+
+    def __init__(self, root_dir: PathLike, *args: Any, **kwargs: Any) -> None:
+        super().__init__(root_dir, *args, **kwargs)
+
+
+CSVLogger = FabricCSVLogger
+TensorBoardLogger = FabricTensorBoardLogger

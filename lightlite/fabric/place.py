@@ -16,7 +16,7 @@ from lightlite.config import Hardware
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Accelerator, Launcher, Strategy
-from lightlite.nest import apply_to_tensors, move_to
+from lightlite.nest import apply_to_tensors, as_tensors
 from lightlite.registry import LauncherRegistry
 from lightlite.utilities import seed as seeds
 
@@ -182,7 +182,7 @@ class Place:
         """Every rank's tensors or numbers, stacked.
 
         Args:
-            data: A tensor, a number, or a nest of them, of the same shapes on every rank.
+            data: A tensor, a number, a NumPy array, or a nest of them, of the same shapes on every rank.
             group: Accepted for compatibility; the whole world.
             sync_grads: Whether gradients flow back, to every rank's tensor.
 
@@ -190,7 +190,7 @@ class Place:
             The nest with tensors of shape (world_size, *shape); with one rank, of their own shape.
         """
         self._take_place()
-        data = _as_tensors(data, self.device)
+        data = as_tensors(data, self.device)
         if self.world_size == 1:
             return data
         return apply_to_tensors(data, lambda tensor: self.strategy.all_gather(tensor, group, sync_grads))
@@ -199,8 +199,8 @@ class Place:
         """Tensors or numbers reduced over the ranks, on every rank.
 
         Args:
-            data: A tensor, a number, or a nest of them, of the same shapes on every rank. Tensors are overwritten,
-                except integers by their mean.
+            data: A tensor, a number, a NumPy array, or a nest of them, of the same shapes on every rank. Tensors are
+                overwritten, except integers by their mean.
             group: Accepted for compatibility; the whole world.
             reduce_op: "sum", "mean" (or "avg"), "min", "max", "product", or a `torch.distributed.ReduceOp`.
 
@@ -214,7 +214,7 @@ class Place:
             reduced = self.strategy.reduce(tensor, group, name)
             return tensor.detach().copy_(reduced) if reduced.dtype == tensor.dtype else reduced
 
-        return apply_to_tensors(_as_tensors(data, self.device), reduce)
+        return apply_to_tensors(as_tensors(data, self.device), reduce)
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
@@ -271,14 +271,3 @@ def _takes_fabric(function: Callable[..., Any]) -> bool:
         return bool(inspect.signature(function).parameters)
     except ValueError:  # some built-in functions have no signature
         return True
-
-
-def _as_tensors(data: Any, device: torch.device) -> Any:
-    """A nest with its numbers as tensors, all on the device."""
-    if isinstance(data, (bool, int, float)):
-        return torch.tensor(data, device=device)
-    if isinstance(data, dict):
-        return type(data)({key: _as_tensors(value, device) for key, value in data.items()})
-    if isinstance(data, (list, tuple)) and not hasattr(data, "_fields"):
-        return type(data)(_as_tensors(value, device) for value in data)
-    return move_to(data, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,12 @@ def collect(state: Mapping[str, Any], filters: Filters, strategy: Strategy) -> d
 
 def restore(path: str | Path, state: Any, strict: bool, strategy: Strategy) -> dict[str, Any]:
     """Put a file's content back into `state`; see `Fabric.load`."""
+    if state is not None and not isinstance(state, MutableMapping):
+        kind = type(unwrap(state)).__name__
+        raise TypeError(
+            f"fabric.load({str(path)!r}, …) was given a {kind} as state; give a dict by name, as in "
+            "{'model': model}; a file that holds nothing but one state-dict is for fabric.load_raw"
+        )
     content = strategy.checkpoint_io.load_checkpoint(path)
     if not state:
         return content

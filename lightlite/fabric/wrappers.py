@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -58,6 +59,11 @@ class _FabricModule(nn.Module):
         precision: The precision.
         backward_pass: Shared by all that one Fabric has set up.
     """
+
+    device: torch.device
+    """Where the module is; the run's device for one without parameters and buffers."""
+    dtype: torch.dtype
+    """The format of its first floating-point parameter or buffer."""
 
     def __init__(
         self,
@@ -181,7 +187,10 @@ class _FabricModule(nn.Module):
         own = self.__dict__
         if "_original_module" not in own or name in own["_modules"]:
             return super().__getattr__(name)
-        found = getattr(own["_original_module"], name)
+        original = own["_original_module"]
+        if name in _PLACE and not hasattr(original, name):
+            return _PLACE[name](original, own["_strategy"])
+        found = getattr(original, name)
         if name in own["_forward_methods"] and callable(found):
             return partial(self._run, name)
         return self._guarded(found, name) if own["_is_synced"] and isinstance(found, MethodType) else found
@@ -219,6 +228,20 @@ class _FabricModule(nn.Module):
         return guarded
 
 
+def _device_of(module: nn.Module, strategy: Strategy) -> torch.device:
+    found = next(chain(module.parameters(), module.buffers()), None)
+    return strategy.root_device if found is None else found.device
+
+
+def _dtype_of(module: nn.Module, strategy: Strategy) -> torch.dtype:
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+
+
+_PLACE: dict[str, Callable[[nn.Module, Strategy], Any]] = {"device": _device_of, "dtype": _dtype_of}
+"""What a wrapped module tells of itself, where the module does not."""
+
+
 class _FabricOptimizer(LightningOptimizer):
     """An optimizer whose steps are scaled back where the precision needs it; otherwise the optimizer itself.
 
@@ -227,12 +250,21 @@ class _FabricOptimizer(LightningOptimizer):
         strategy: The strategy.
         precision: The precision.
         callbacks: Objects, of which those with a method `on_after_optimizer_step(strategy, optimizer)` are called.
+        together: All that share the scaler, this one included.
     """
 
     def __init__(
-        self, optimizer: Optimizer, strategy: Strategy, precision: Precision, callbacks: Sequence[Any] = ()
+        self,
+        optimizer: Optimizer,
+        strategy: Strategy,
+        precision: Precision,
+        callbacks: Sequence[Any] = (),
+        together: MutableSet[_FabricOptimizer] | None = None,
     ) -> None:
         super().__init__(optimizer)
+        self._together = set() if together is None else together
+        self._together.add(self)
+        self._stepped = False
         self.scaler = precision.scaler
         self._strategy = strategy
         self._precision = precision
@@ -263,6 +295,18 @@ class _FabricOptimizer(LightningOptimizer):
             hook(strategy=self._strategy, optimizer=self.optimizer)
         return output
 
+    def _scaled_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            return super()._scaled_step(closure, **kwargs)  # which refuses it
+        assert self.scaler is not None
+        if self._stepped:
+            settle(self.scaler, self._together)
+        result = self.scaler.step(self.optimizer, **kwargs)
+        self._unscaled, self._stepped = False, True
+        if all(optimizer._stepped for optimizer in self._together):
+            settle(self.scaler, self._together)
+        return result
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's whole state."""
         return self._strategy.optimizer_state_dict(self.optimizer)
@@ -270,6 +314,18 @@ class _FabricOptimizer(LightningOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
         self._strategy.load_optimizer_state(self.optimizer, state_dict)
+
+
+def settle(scaler: torch.amp.GradScaler, optimizers: Iterable[_FabricOptimizer]) -> None:
+    """Have the scaler choose its next scale, if there were steps since, unless clipped gradients wait for theirs.
+
+    Done after the last optimizer's step, or before the next backward pass. Any earlier, the gradients of optimizers
+    that are yet to step would be divided by another scale than they were multiplied by.
+    """
+    if any(optimizer._stepped for optimizer in optimizers) and not any(optimizer._unscaled for optimizer in optimizers):
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer._stepped = False
 
 
 class _FabricDataLoader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 import lightlite as pl
 from lightlite.errors import MisconfigurationException
 from lightlite.fabric import Fabric, is_wrapped
-from lightlite.fabric.loggers import CSVLogger
+from lightlite.fabric.loggers import CSVLogger, TensorBoardLogger
 from lightlite.fabric.wrappers import _FabricDataLoader, _FabricModule, _FabricOptimizer
 from lightlite.plugins.cpu import CPUAccelerator
 from lightlite.plugins.precision import MixedPrecision
@@ -103,6 +104,19 @@ def test_a_wrapped_module_is_the_module_in_all_but_forward() -> None:
     assert not net.training
     with pytest.raises(AttributeError, match="'Net' object has no attribute 'nothing'"):
         _ = model.nothing
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
+def test_a_wrapped_module_tells_where_it_is_and_in_which_format(precision: str) -> None:
+    model = one_device(precision=precision).setup(Net())
+    assert model.device == torch.device("cpu")
+    assert model.dtype == model.first.weight.dtype
+    assert one_device().setup(nn.ReLU()).device == torch.device("cpu")
+
+    class Own(nn.Module):
+        device = "its own"
+
+    assert one_device().setup(Own()).device == "its own"
 
 
 def test_a_copy_of_a_wrapped_module_has_weights_of_its_own() -> None:
@@ -213,6 +227,58 @@ def test_an_optimizers_step_takes_a_closure_and_returns_its_loss(scaled: bool) -
     assert not equal(before, weights(net))
 
 
+@pytest.mark.parametrize("clipped", [(), (0,), (1,), (0, 1)], ids=str)
+def test_optimizers_that_share_a_scaler_divide_by_the_scale_of_the_backward_pass(clipped: tuple[int, ...]) -> None:
+    """The scale grows after every second pass, between the step of the one and that of the other if not held back."""
+
+    def train(fabric: Fabric | None, scaler: torch.amp.GradScaler) -> list[Tensor]:
+        torch.manual_seed(0)
+        inner = [nn.Linear(4, 4), nn.Linear(4, 1)]
+        modules: list[Any] = list(inner)
+        optimizers: list[Any] = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules]
+        if fabric is not None:
+            modules, optimizers = map(list, zip(*map(fabric.setup, modules, optimizers), strict=True))
+        for x in torch.randn(4, 8, 4):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                out = modules[1](modules[0](x))
+            loss = out.float().square().mean()
+            scaler.scale(loss).backward() if fabric is None else fabric.backward(loss)
+            for index in clipped:
+                if fabric is None:
+                    scaler.unscale_(optimizers[index])
+                    nn.utils.clip_grad_norm_(modules[index].parameters(), 0.01)
+                else:
+                    fabric.clip_gradients(modules[index], optimizers[index], max_norm=0.01)
+            for optimizer in optimizers:
+                optimizer.step() if fabric is not None else scaler.step(optimizer)
+            if fabric is None:
+                scaler.update()
+        return [parameter.detach() for module in inner for parameter in module.parameters()]
+
+    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) for _ in range(2)]
+    by_hand = train(None, scalers[0])
+    ours = train(one_device(plugins=MixedPrecision("16-mixed", scaler=scalers[1])), scalers[1])
+    assert all(torch.equal(one, other) for one, other in zip(by_hand, ours, strict=True))
+    assert scalers[1].state_dict() == scalers[0].state_dict()
+    assert scalers[1].get_scale() == 256.0
+
+
+def test_a_scale_that_is_yet_to_be_chosen_is_chosen_before_it_is_saved(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    fabric, one, two = one_device(plugins=MixedPrecision("16-mixed", scaler=scaler)), Net(), Net()
+    model, optimizer = fabric.setup(one, torch.optim.SGD(one.parameters(), lr=0.1))
+    _other = fabric.setup(two, torch.optim.SGD(two.parameters(), lr=0.1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(1, 4)).mean())
+        optimizer.step()
+    assert scaler.get_scale() == 128.0
+    fabric.save(tmp_path / "state.ckpt", {"scaler": fabric.scaler})
+    assert fabric.load(tmp_path / "state.ckpt")["scaler"]["scale"] == 256.0
+
+
 def test_several_optimizers_and_a_scheduler_come_back_in_order() -> None:
     net = Net()
     first = torch.optim.SGD(net.first.parameters(), lr=1.0)
@@ -299,6 +365,26 @@ def test_values_reach_the_loggers(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"], row["acc"]) for row in rows] == [("3", "0.5", ""), ("4", "0.25", "1")]
     with pytest.raises(MisconfigurationException, match="there is none"):
         _ = one_device().logger
+    with pytest.raises(ValueError, match=r"fabric\.log\('loss', …\) was given a tensor of shape \(2,\); give a number"):
+        fabric.log("loss", torch.ones(2))
+
+
+def test_a_nest_of_values_reaches_a_logger_as_numbers(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=CSVLogger(tmp_path))
+    fabric.log_dict({"parts": {"a": torch.tensor(1)}}, step=0)
+    fabric.logger.save()
+    assert "{'a': 1}" in (Path(fabric.logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_loggers_are_classes(tmp_path: Path) -> None:
+    class Mine(CSVLogger):
+        pass
+
+    logger = pickle.loads(pickle.dumps(CSVLogger(tmp_path, name="mine")))
+    assert isinstance(logger, CSVLogger)
+    assert isinstance(logger, pl.loggers.CSVLogger)
+    assert not isinstance(logger, TensorBoardLogger)
+    assert isinstance(Mine(root_dir=tmp_path), CSVLogger)
 
 
 def test_a_lightning_module_logs_and_is_called_as_a_callback(tmp_path: Path) -> None:
@@ -329,6 +415,8 @@ def test_a_lightning_module_logs_and_is_called_as_a_callback(tmp_path: Path) -> 
     assert inner.fabric is fabric
     assert inner.device == fabric.device
     assert (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().startswith("loss,step")
+    with pytest.raises(ValueError, match=r"self\.log\('loss', 'low'\): .* of a Metric, log metric\.compute\(\)"):
+        inner.log("loss", "low")
     with pytest.raises(AttributeError, match=r"trainer\.max_epochs: the module was set up by a Fabric"):
         _ = inner.trainer.max_epochs
 

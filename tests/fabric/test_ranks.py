@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,26 @@ def test_gathered_tensors_carry_gradients_back_if_asked_to() -> None:
     # each rank's loss counts rank zero's value once and rank one's tenfold, doubled
     assert gradients.tolist() == [[2.0, 2.0], [40.0, 40.0]]
     assert not requires_grad
+
+
+def test_numbers_and_arrays_are_gathered_from_any_container() -> None:
+    def gather(fabric: Fabric) -> Any:
+        rank = fabric.global_rank
+        held = collections.defaultdict(list, number=rank)
+        pair, array = fabric.all_gather((Pair(rank, 0.5), np.full(2, rank)))
+        return pair, array, dict(fabric.all_gather(held)), fabric.all_reduce(np.float32(rank), reduce_op="sum")
+
+    pair, array, held, reduced = two_ranks().launch(gather)
+    assert isinstance(pair, Pair)
+    assert (pair.one.tolist(), pair.two.tolist()) == ([0, 1], [0.5, 0.5])
+    assert array.tolist() == [[0, 0], [1, 1]]
+    assert held["number"].tolist() == [0, 1]
+    assert reduced.item() == 1.0
+
+
+class Pair(NamedTuple):
+    one: Any
+    two: Any
 
 
 def test_tensors_are_reduced_in_place() -> None:

@@ -81,6 +81,8 @@ def test_a_name_or_a_weight_that_is_missing_is_an_error_unless_not_strict(tmp_pa
     state: dict[str, Any] = {"epoch": 0, "step": 0}
     assert fabric.load(path, state, strict=False).keys() == {"model"}
     assert state == {"epoch": 0, "step": 1}
+    with pytest.raises(TypeError, match=r"was given a Net as state; give a dict by name, as in \{'model': model\}"):
+        fabric.load(path, fabric.setup(Net()))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"size mismatch"):
         fabric.load(path, {"model": nn.Linear(2, 2)})
 

@@ -425,6 +425,16 @@ def sequential(loader: Any) -> Any:
     return with_sampler(loader, batches, unbatched=False)
 
 
+def undropped(loader: Any) -> Any:
+    """A DataLoader like `loader` that leaves no sample out, for predictions of all of them."""
+    batches = getattr(loader, "batch_sampler", None)
+    if not _is_map_style(loader) or not isinstance(batches, BatchSampler) or not batches.drop_last:
+        return loader
+    whole = copy.copy(batches)
+    whole.drop_last = False
+    return with_sampler(loader, whole, unbatched=False)
+
+
 def combined(loaders: Any, mode: str, name: str) -> Any:
     """A CombinedLoader, where several loaders or one of these were given; else the loader itself.
 

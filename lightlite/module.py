@@ -270,6 +270,9 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             raise MisconfigurationException(
                 f"self.log_dict was given {type(dictionary).__name__}; give a dict from name to value"
             )
+        if self.fabric is not None:
+            self.__dict__["_recorder"].log_dict(dictionary, logger)
+            return
         for name, value in dictionary.items():
             self.log(
                 name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
@@ -308,7 +311,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             args: For `loss.backward`.
             kwargs: For `loss.backward`.
         """
-        if self.automatic_optimization:
+        if self.automatic_optimization and self.fabric is None:
             raise MisconfigurationException(
                 f"{type(self).__name__}.manual_backward was called in automatic optimization; set "
                 "self.automatic_optimization = False in __init__, or return the loss from training_step instead"
@@ -418,15 +421,18 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         """Every rank's tensors, stacked.
 
         Args:
-            data: Tensor or nest of tensors, of the same shapes on every rank.
+            data: A tensor, a number, a NumPy array, or a nest of them, of the same shapes on every rank.
             group: Accepted for compatibility; the whole world.
             sync_grads: Whether gradients flow back.
 
         Returns:
-            The nest with tensors of shape (world_size, *shape).
+            The nest with tensors of shape (world_size, *shape); with one rank, of their own shape.
         """
-        from lightlite.nest import apply_to_tensors
+        from lightlite.nest import apply_to_tensors, as_tensors
 
+        data = as_tensors(data, self.device)
+        if self.trainer.world_size == 1:
+            return data
         return apply_to_tensors(data, lambda tensor: self.trainer.strategy.all_gather(tensor, group, sync_grads))
 
     def freeze(self) -> None:

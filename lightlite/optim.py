@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
@@ -30,13 +30,13 @@ class LightningOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.scaler: torch.amp.GradScaler | None = None
-        self.peers: Sequence[LightningOptimizer] = ()
+        self.peers: Collection[LightningOptimizer] = ()
         """All that share the scaler."""
         self.after_closure: Callable[[], None] | None = None
         """Set where gradients are to be shown to hooks or clipped before a step."""
         self.count_step: Callable[[], None] | None = None
         """Set in manual optimization; in automatic optimization the training step counts."""
-        self._unscaled = False
+        self._unscaled = self._stepped = False
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.toggled: Callable[[LightningOptimizer], AbstractContextManager[Any]] = lambda _: nullcontext()
 
@@ -104,11 +104,13 @@ class LightningOptimizer:
             )
         if closure is not None and self._skips(closure()):
             return None
+        peers = self.peers or (self,)
+        if self._stepped:
+            settle(scaler, peers)
         result = scaler.step(self.optimizer, **kwargs)
-        self._unscaled = False
-        # An update makes the scaler forget whose gradients it has unscaled: not before those have stepped.
-        if not any(peer._unscaled for peer in self.peers):
-            scaler.update()
+        self._unscaled, self._stepped = False, True
+        if all(peer._stepped for peer in peers):
+            settle(scaler, peers)
         return result
 
     @contextmanager
@@ -120,6 +122,19 @@ class LightningOptimizer:
         """
         with self.toggled(self), nullcontext() if sync_grad else self.no_sync():
             yield
+
+
+def settle(scaler: torch.amp.GradScaler, optimizers: Iterable[LightningOptimizer]) -> None:
+    """Have the scaler choose its next scale, if there were steps since, unless clipped gradients wait for theirs.
+
+    Done after the last optimizer's step, at the end of a manual training_step, or before the next backward pass. Any
+    earlier, the gradients of optimizers that are yet to step would be divided by another scale than they were
+    multiplied by.
+    """
+    if any(optimizer._stepped for optimizer in optimizers) and not any(optimizer._unscaled for optimizer in optimizers):
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer._stepped = False
 
 
 def evaluates_closure_once(optimizer: Optimizer) -> bool:

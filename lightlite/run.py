@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightlite import config
 from lightlite.callbacks import Callback, Checkpoint, GradientAccumulationScheduler
-from lightlite.data import RankLoader, RankLoaders, combined, limit_of, one_by_one, rank_loader, sequential
+from lightlite.data import RankLoader, RankLoaders, combined, limit_of, one_by_one, rank_loader, sequential, undropped
 from lightlite.distributed import Ranks
 from lightlite.facts import TrainerFacts
 from lightlite.hooks import HookTable, is_overridden
@@ -19,7 +19,8 @@ from lightlite.interfaces import Launcher
 from lightlite.loops.session import DataSource
 from lightlite.loops.trial import rehearsal
 from lightlite.module import LightningModule
-from lightlite.progress import RunningStage
+from lightlite.optim import settle
+from lightlite.progress import RunningStage, TrainerFn
 from lightlite.results import Recorder
 from lightlite.utilities.rank_zero import rank_zero_warn
 
@@ -134,7 +135,9 @@ class Run(TrainerFacts):
             loaders = self._source.request(prefix, self.lightning_module)
         self._evaluated = {**(self._evaluated or {}), prefix: getattr(loaders, "iterables", loaders)}
         loaders = one_by_one(combined(loaders, "sequential", f"the {prefix} loader"))
-        if self.overfit_batches and prefix == "val":
+        if prefix == "predict":
+            loaders = [undropped(loader) for loader in loaders]
+        if self.overfit_batches and self.state.fn is TrainerFn.FITTING:
             loaders = [sequential(loader) for loader in loaders]
         return loaders
 
@@ -219,6 +222,8 @@ class Run(TrainerFacts):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """See `LightningModule.manual_backward`."""
         scaler = self.precision_plugin.scaler
+        if scaler is not None:
+            settle(scaler, self.wrapped_optimizers)
         for hook in self.hooks.resolve("on_before_backward"):
             hook(loss)
         with self.profiler.profile("backward"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +71,21 @@ class AsRecorder:
         self._fabric = fabric
 
     def log(self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, *options: Any) -> None:
-        """See `LightningModule.log`.
+        """See `LightningModule.log`."""
+        self.log_dict({name: value}, logger)
+
+    def log_dict(self, values: Mapping[str, Any], logger: bool | None = None) -> None:
+        """See `LightningModule.log_dict`; the values are one row.
 
         Raises:
             ValueError: For what is no number, such as a Metric: there is no epoch at whose end it would be computed.
         """
-        if not isinstance(value, (Number, Tensor)):
+        for name, value in values.items():
+            if isinstance(value, (Number, Tensor)):
+                continue
             raise ValueError(
                 f"self.log({name!r}, {value!r}): a module that a Fabric has set up logs numbers and tensors of one "
                 "element; of a Metric, log metric.compute()"
             )
         if logger is not False:
-            self._fabric.log(name, value)
+            self._fabric.log_dict(dict(values.items()))

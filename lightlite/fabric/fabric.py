@@ -27,7 +27,6 @@ from lightlite.fabric.wrappers import (
     _FabricModule,
     _FabricOptimizer,
     is_wrapped,
-    settle,
     unwrap,
     unwrap_compiled,
 )
@@ -35,6 +34,7 @@ from lightlite.interfaces import Accelerator, Strategy
 from lightlite.loggers import Logger
 from lightlite.module import LightningModule
 from lightlite.nest import apply_to_tensors, move_to
+from lightlite.optim import settle
 from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
 

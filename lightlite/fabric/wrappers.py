@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
+from collections.abc import Callable, Iterator, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from itertools import chain
@@ -262,9 +262,8 @@ class _FabricOptimizer(LightningOptimizer):
         together: MutableSet[_FabricOptimizer] | None = None,
     ) -> None:
         super().__init__(optimizer)
-        self._together = set() if together is None else together
-        self._together.add(self)
-        self._stepped = False
+        self.peers = set() if together is None else together
+        self.peers.add(self)
         self.scaler = precision.scaler
         self._strategy = strategy
         self._precision = precision
@@ -295,18 +294,6 @@ class _FabricOptimizer(LightningOptimizer):
             hook(strategy=self._strategy, optimizer=self.optimizer)
         return output
 
-    def _scaled_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            return super()._scaled_step(closure, **kwargs)  # which refuses it
-        assert self.scaler is not None
-        if self._stepped:
-            settle(self.scaler, self._together)
-        result = self.scaler.step(self.optimizer, **kwargs)
-        self._unscaled, self._stepped = False, True
-        if all(optimizer._stepped for optimizer in self._together):
-            settle(self.scaler, self._together)
-        return result
-
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's whole state."""
         return self._strategy.optimizer_state_dict(self.optimizer)
@@ -314,18 +301,6 @@ class _FabricOptimizer(LightningOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
         self._strategy.load_optimizer_state(self.optimizer, state_dict)
-
-
-def settle(scaler: torch.amp.GradScaler, optimizers: Iterable[_FabricOptimizer]) -> None:
-    """Have the scaler choose its next scale, if there were steps since, unless clipped gradients wait for theirs.
-
-    Done after the last optimizer's step, or before the next backward pass. Any earlier, the gradients of optimizers
-    that are yet to step would be divided by another scale than they were multiplied by.
-    """
-    if any(optimizer._stepped for optimizer in optimizers) and not any(optimizer._unscaled for optimizer in optimizers):
-        scaler.update()
-        for optimizer in optimizers:
-            optimizer._stepped = False
 
 
 class _FabricDataLoader:

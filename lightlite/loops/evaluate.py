@@ -79,10 +79,11 @@ class _BatchLoop:
         trainer, stage = self.trainer, self.stage
         trainer.evaluation_loop = self
         deal = trainer.use_distributed_sampler
-        self.loaders = [rank_loader(loader, training=False, deal=deal) for loader in trainer.load(stage)]
-        trainer.open_loaders += self.loaders
-        limit = getattr(trainer, f"limit_{stage.dataloader_prefix}_batches")
         name = f"limit_{stage.dataloader_prefix}_batches"
+        limit = getattr(trainer, name)
+        loaders = trainer.load(stage) if limit else []
+        self.loaders = [rank_loader(loader, training=False, deal=deal) for loader in loaders]
+        trainer.open_loaders += self.loaders
         self.num_batches = [limit_of(limit, loader.length, name) for loader in self.loaders]
 
     def _check_signature(self) -> None:
@@ -95,6 +96,7 @@ class _BatchLoop:
 
     def _batches(self, loader: RankLoader | RankLoaders, limit: int | None) -> Iterator[tuple[int, Any]]:
         """This rank's batches of one loader, with their indices among all."""
+        loader.set_epoch(self.trainer.progress.epoch)
         mine = self.trainer.profiler.profile_iterable(
             loader.start(limit=None if limit == loader.length else limit),
             f"[{type(self).__name__}].{self.stage.dataloader_prefix}_next",
@@ -152,7 +154,9 @@ class _BatchLoop:
         for loader_idx, loader in enumerate(self.loaders):
             recorder.dataloader_idx = loader_idx if several else None
             more = (loader_idx,) if several else ()
-            batches = self._batches(loader, self.num_batches[loader_idx]) if loader_idx else self._first
+            batches, self._first = self._first, iter(())
+            if loader_idx:
+                batches = self._batches(loader, self.num_batches[loader_idx])
             for batch_idx, batch in batches:
                 if prepare is not None:
                     batch = prepare(batch, loader_idx)

@@ -18,7 +18,7 @@ from lightlite.errors import MisconfigurationException
 from lightlite.hooks import HookTable, is_overridden
 from lightlite.loops.calls import with_batch_idx
 from lightlite.module import LightningModule
-from lightlite.optim import LightningOptimizer, evaluates_closure_once
+from lightlite.optim import LightningOptimizer, evaluates_closure_once, settle
 from lightlite.profilers import PassThroughProfiler
 
 if TYPE_CHECKING:
@@ -322,6 +322,7 @@ class ManualStep:
         )
         self._progress = trainer.progress
         self._context = trainer.precision_plugin.forward_context() or nullcontext
+        self._scaler, self._optimizers = trainer.precision_plugin.scaler, trainer.wrapped_optimizers
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
         _refuse_automatic_settings(trainer)
         for optimizer in trainer.wrapped_optimizers:
@@ -345,6 +346,8 @@ class ManualStep:
         """Run the user's training step; see `TrainStep.__call__`."""
         with self._context():
             output = self._training_step(batch, batch_idx)
+        if self._scaler is not None:
+            settle(self._scaler, self._optimizers)
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
         if output is None or isinstance(output, Mapping):

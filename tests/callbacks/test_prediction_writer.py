@@ -129,7 +129,7 @@ def indexed_loaders(workers: int) -> list[Any]:
 
 
 STREAM = 5
-BATCHES = [6, 2, 3, 11, 3, 3, 1]
+BATCHES = [6, 3, 3, 11, 3, 3, 1]
 
 
 @pytest.mark.filterwarnings("ignore:.*worker")

@@ -159,7 +159,7 @@ def test_without_a_batch_an_evaluation_calls_no_hook_and_returns_nothing(tmp_pat
 
     assert trainer.test(Noting(), regression_loader()) == []
     assert trainer.predict(Noting(), regression_loader()) is None
-    assert (trainer.num_test_batches, trainer.num_predict_batches) == ([0], [0])
+    assert (trainer.num_test_batches, trainer.num_predict_batches) == ([], [])
 
 
 def test_the_loaders_of_an_evaluation_are_there_afterwards(tmp_path: Path) -> None:

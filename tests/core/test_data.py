@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -171,6 +173,59 @@ def test_overfit_batches_takes_the_place_of_every_sampler_that_is_not_sequential
     with pytest.warns(UserWarning, match=f"and so not those of {type(sampler).__name__}; give a loader with shuffle="):
         quiet_trainer(tmp_path, max_epochs=2, overfit_batches=2).fit(module, numbers(8, 2, sampler=sampler))
     assert module.trained == [[0, 1], [2, 3]] * 2
+
+
+class ByEpoch(Sampler[int]):
+    """Begins with the sample that has the epoch's number."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([(self.epoch + number) % 4 for number in range(4)])
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_the_epoch_of_evaluation_samplers_is_set(tmp_path: Path) -> None:
+    module, loader = Drawing(tmp_path), numbers(4, 2, sampler=ByEpoch())
+    trainer = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=1)
+    trainer.fit(module, numbers(2, 2), loader)
+    trainer.validate(module, loader, verbose=False)
+    (seen,) = module.noted("validate", 1)
+    assert seen == [[0, 1], [0, 1], [2, 3], [1, 2], [3, 0], [2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_predictions_are_of_all_samples_where_the_loader_drops_its_last_batch(tmp_path: Path, world: int) -> None:
+    class Own(BatchSampler):
+        def __init__(self, samples: int) -> None:
+            super().__init__(range(samples), 2, drop_last=True)
+
+    loaders = [numbers(5, 2, drop_last=True), DataLoader(NumberData(5), batch_sampler=Own(5))]
+    predictions = quiet_trainer(tmp_path, devices=world).predict(Drawing(tmp_path), loaders)
+    assert [[batch.tolist() for batch in part] for part in predictions] == [[[0, 1], [2, 3], [4]]] * 2
+    assert [len(loader) for loader in loaders] == [2, 2]
+
+
+def test_overfit_batches_is_about_fit(tmp_path: Path) -> None:
+    module = Drawing(tmp_path)
+    trainer = quiet_trainer(tmp_path, overfit_batches=1)
+    trainer.validate(module, numbers(8, 2, sampler=SubsetRandomSampler([5, 5, 5, 5])), verbose=False)
+    assert module.noted("validate", 1) == [[[5, 5]]]
+
+
+def test_no_loader_is_asked_for_where_no_batch_is_wanted(tmp_path: Path) -> None:
+    class Nothing(Drawing):
+        def predict_dataloader(self) -> Any:
+            raise AssertionError
+
+    trainer = quiet_trainer(tmp_path, limit_predict_batches=0)
+    assert trainer.predict(Nothing(tmp_path)) is None
+    assert trainer.num_predict_batches == []
 
 
 class SizedData(pl.LightningDataModule):

@@ -125,3 +125,34 @@ def test_a_skipped_batch_leaves_the_scaler_ready_for_the_next(tmp_path: Path) ->
     )
     trainer.fit(module, [torch.randn(8, 4) for _ in range(4)])
     assert 0 < (module.layer.weight - before).norm() <= 2 * 0.1 * LARGEST_NORM * 1.001
+
+
+class TwoSteps(TwoLayers):
+    """One backward pass, then the steps of both, without clipping; batch by batch another scale."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_the_scale_does_not_change_between_the_steps_of_two_optimizers(tmp_path: Path) -> None:
+    batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(index)) for index in range(BATCHES)]
+    expected, module = (TwoSteps(both_first=True, with_closures=False) for _ in range(2))
+    for batch in batches:
+        optimizers = expected.configure_optimizers()
+        expected.zero_grad()
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            loss = expected.loss(batch)
+        (loss * SCALE).backward()
+        for parameter in expected.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= SCALE  # a power of two: exact, whichever it is
+        for optimizer in optimizers:
+            optimizer.step()
+    scaler = make_scaler(growth_interval=1)
+    quiet_trainer(tmp_path, plugins=MixedPrecision("16-mixed", scaler=scaler)).fit(module, batches)
+    assert_same_bits(weights(module), weights(expected))
+    assert scaler.get_scale() == SCALE * 2**BATCHES

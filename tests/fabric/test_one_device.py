@@ -414,11 +414,20 @@ def test_a_lightning_module_logs_and_is_called_as_a_callback(tmp_path: Path) -> 
     assert inner.logger is fabric.logger
     assert inner.fabric is fabric
     assert inner.device == fabric.device
-    assert (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().startswith("loss,step")
+    assert logged_lines(fabric)[0] == "loss,step"
+    inner.log_dict({"a": 1, "b": torch.tensor(2.0)})
+    fabric.logger.save()
+    assert list(csv.DictReader(logged_lines(fabric)))[-1] == {"a": "1", "b": "2.0", "loss": "", "step": "1"}
+    assert inner.all_gather({"a": 1, "b": torch.ones(2)})["b"].shape == (2,)
+    inner.manual_backward(inner.layer(torch.ones(2, 4)).mean())  # for Trainer in manual optimization only
     with pytest.raises(ValueError, match=r"self\.log\('loss', 'low'\): .* of a Metric, log metric\.compute\(\)"):
         inner.log("loss", "low")
     with pytest.raises(AttributeError, match=r"trainer\.max_epochs: the module was set up by a Fabric"):
         _ = inner.trainer.max_epochs
+
+
+def logged_lines(fabric: Fabric) -> list[str]:
+    return (Path(fabric.logger.log_dir) / "metrics.csv").read_text().splitlines()
 
 
 def test_alone_collective_calls_return_what_they_were_given() -> None:

@@ -43,6 +43,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "pytorch-lightning_version": LAYOUT_VERSION,
         "state_dict": trainer.strategy.module_state_dict(),
         "loops": _loops(trainer.progress),
+        "lightlite": {"format": FORMAT, "run": trainer.run_id},
     }
     if not weights_only:
         checkpoint["callbacks"] = _callback_states(trainer)
@@ -53,8 +54,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         precision = trainer.precision_plugin
         if precision.state_dict():
             checkpoint[type(precision).__qualname__] = precision.state_dict()
-        checkpoint["lightlite"] = {
-            "format": FORMAT,
+        checkpoint["lightlite"] |= {
             "progress": trainer.progress.state_dict(),
             "random": distributed.gather_objects(_random_states(trainer)),
             "window": distributed.gather_objects(trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}),
@@ -301,9 +301,10 @@ class Restorer:
             return
         self._restore_optimizers(checkpoint)
         own = checkpoint.get("lightlite")
-        if own is None:
+        if own is None or "progress" not in own:
             progress_from_lightning(checkpoint, trainer.progress)
         else:
+            trainer.run_id = own.get("run", trainer.run_id)
             trainer.progress.load_state_dict(own["progress"])
             trainer.recorder.remember(own["metrics"])
             self._restore_random(own["random"])

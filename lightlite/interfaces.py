@@ -195,6 +195,14 @@ class CheckpointIO(ABC):
         """Do something with files as soon as what was saved before is on disk; by default it is by now."""
         action()
 
+    def damage(self, path: Any) -> str | None:
+        """What is wrong with a checkpoint, so that an older one is better gone on from; None for nothing."""
+        return None
+
+    def origin(self, path: Any) -> tuple[str, int]:
+        """Which run a checkpoint belongs to, and of which step it is; ("", -1) where that is not known."""
+        return "", -1
+
     def is_pending(self, path: Any) -> bool:
         """Whether a file of that name is on its way to the disk."""
         return False

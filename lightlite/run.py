@@ -13,6 +13,7 @@ from lightlite import config
 from lightlite.callbacks import Callback, Checkpoint, GradientAccumulationScheduler
 from lightlite.data import RankLoader, RankLoaders, combined, limit_of, one_by_one, rank_loader, sequential, undropped
 from lightlite.distributed import Ranks
+from lightlite.errors import MisconfigurationException
 from lightlite.facts import TrainerFacts
 from lightlite.hooks import HookTable, is_overridden
 from lightlite.interfaces import Launcher
@@ -57,6 +58,8 @@ class Run(TrainerFacts):
     training_step: Callable[..., Any] | None
     epoch_random_state: dict[str, Any] | None
     resumed_random_states: dict[str, Any] | None
+    run_id: str
+    goes_on: bool
     resumed_window: dict[str, Any]
     resumed_results: dict[str, Any]
     _own_callbacks: list[Callback]
@@ -124,7 +127,7 @@ class Run(TrainerFacts):
             for callback in self.callbacks
             if callback not in self._own_callbacks and type(callback) not in kinds
         ]
-        self.callbacks = checkpoints_last([*kept, *others, *wanted])
+        self.callbacks = in_order([*kept, *others, *wanted])
         for callback in self.callbacks:
             callback._logs_to = module
 
@@ -285,6 +288,20 @@ class Run(TrainerFacts):
         return [schedule.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
 
 
-def checkpoints_last(callbacks: list[Callback]) -> list[Callback]:
-    """The callbacks in their order, but those that write checkpoints after all others."""
+def in_order(callbacks: list[Callback]) -> list[Callback]:
+    """The callbacks in their order, but those that write checkpoints after all others.
+
+    Raises:
+        MisconfigurationException: For two whose states a checkpoint could not tell apart.
+    """
+    seen: dict[str, Callback] = {}
+    for callback in callbacks:
+        if (
+            is_overridden("state_dict", callback, Callback)
+            and seen.setdefault(callback.state_key, callback) != callback
+        ):
+            raise MisconfigurationException(
+                f"there are two callbacks with the state_key {callback.state_key!r}, so that a checkpoint could not "
+                "tell their states apart; give them different arguments of those it names, or override state_key"
+            )
     return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -39,6 +40,14 @@ class TorchCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the file, or the folder."""
         files.remove(path)
+
+    def damage(self, path: Any) -> str | None:
+        """See `storage.damage`."""
+        return storage.damage(path)
+
+    def origin(self, path: Any) -> tuple[str, int]:
+        """See `storage.origin`."""
+        return storage.origin(path)
 
 
 class AsyncCheckpointIO(CheckpointIO):
@@ -98,6 +107,16 @@ class AsyncCheckpointIO(CheckpointIO):
         if done.exception() is not None and self.on_failure is not None:
             self.on_failure()
 
+    def damage(self, path: Any) -> str | None:
+        """What is wrong with a checkpoint, when all is written."""
+        self.wait()
+        return self.checkpoint_io.damage(path)
+
+    def origin(self, path: Any) -> tuple[str, int]:
+        """Which run a checkpoint belongs to, and of which step it is, when all is written."""
+        self.wait()
+        return self.checkpoint_io.origin(path)
+
     def is_pending(self, path: Any) -> bool:
         """Whether a file of that name is being written."""
         return str(path) == str(self._path) and not all(future.done() for future in self._pending)
@@ -108,18 +127,12 @@ class AsyncCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: Of the first thing that failed; what was to follow it is left undone.
         """
-        for future in list(self._pending):
-            try:
-                future.result(seconds)
-            except TimeoutError:
-                if not future.done():
-                    return
+        futures.wait(self._pending, seconds)
+        while self._pending and self._pending[0].done():
+            failure = self._pending.pop(0).exception()
+            if failure is not None:
                 self._pending.clear()
-                raise
-            except BaseException:
-                self._pending.clear()
-                raise
-            self._pending.remove(future)
+                raise failure
 
     def teardown(self) -> None:
         """Finish, and release the buffers and the thread."""
@@ -155,14 +168,11 @@ class HostBuffers:
         self._used = []
         copied = _copied(content, {}, self._take)
         self._free.clear()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # the copies from the device are under way until then
         return copied
 
     def _take(self, size: int) -> torch.Tensor:
         kept = self._free.get(size)
-        pinned = torch.accelerator.is_available()
-        buffer = kept.pop() if kept else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        buffer = kept.pop() if kept else torch.empty(size, dtype=torch.uint8)
         self._used.append(buffer)
         return buffer
 
@@ -185,7 +195,7 @@ def _copied_tensor(tensor: torch.Tensor, seen: dict[int, torch.Tensor], take: Ca
     if key not in seen or not key:
         buffer = take(whole.nbytes())
         original = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(whole)
-        buffer.copy_(original, non_blocking=True)
+        buffer.copy_(original)
         seen[key] = buffer
     copy = torch.empty(0, dtype=tensor.dtype)
     copy.set_(seen[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -235,6 +235,15 @@ def damage(path: PathLike) -> str | None:
     return None
 
 
+def origin(path: PathLike) -> tuple[str, int]:
+    """Which run of a Trainer wrote a checkpoint, and at which step; ("", -1) where it does not say."""
+    try:
+        read = torch.load(local_path(path), map_location="meta", weights_only=True, mmap=True)
+        return str(read["lightlite"]["run"]), int(read["global_step"])
+    except Exception:  # a file of whatever kind, which is somebody else's
+        return "", -1
+
+
 def _load(file: Any, name: str, map_location: Any) -> dict[str, Any]:
     _check_sums(file, name)
     file.seek(0)

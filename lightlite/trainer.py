@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -38,7 +39,7 @@ from lightlite.profilers import Profiler
 from lightlite.progress import STAGES, FitProgress, TrainerFn, TrainerState
 from lightlite.registry import callbacks_of_packages
 from lightlite.results import Recorder
-from lightlite.run import SESSION, Run, checkpoints_last
+from lightlite.run import SESSION, Run, in_order
 from lightlite.utilities.compile import from_compiled
 from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -207,6 +208,7 @@ class Trainer(Run):
         self.num_test_batches: list[int | float] = []
         self.num_predict_batches: list[int | float] = []
         self.epoch_random_state: dict[str, Any] | None = None
+        self.run_id, self.goes_on = "", False
         self.resumed_window: dict[str, Any] = {}
         self.resumed_results: dict[str, Any] = {}
         self.resumed_random_states: dict[str, Any] | None = None
@@ -248,7 +250,7 @@ class Trainer(Run):
             callbacks.append(Timer(duration=self._max_time))
         for origin, made in callbacks_of_packages():
             callbacks += config.as_instances(made, Callback, origin)
-        return checkpoints_last(callbacks)
+        return in_order(callbacks)
 
     def fit(
         self,
@@ -276,6 +278,7 @@ class Trainer(Run):
         """
         module, source = self._prepared_fit(model, train_dataloaders, val_dataloaders, datamodule)
         path = self._choose_checkpoint("fit", ckpt_path, True)
+        self.run_id, self.goes_on = uuid.uuid4().hex, ckpt_path == "last"
         self._on_every_rank(run_fit)(self, module, source, path)
 
     def _prepared_fit(
@@ -445,10 +448,14 @@ class Trainer(Run):
     def _newest_checkpoint(self) -> str | None:
         """The newest sound checkpoint: of those that were saved as the newest state, else of all beside them."""
         callbacks = [callback for callback in self.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        for find in (ModelCheckpoint.find_last_checkpoints, ModelCheckpoint.find_checkpoints):
-            found = {path for callback in callbacks for path in find(callback, self) if storage.exists(path)}
+        whole = [callback for callback in callbacks if not callback.save_weights_only]
+        for find, among in (
+            (ModelCheckpoint.find_last_checkpoints, callbacks),
+            (ModelCheckpoint.find_checkpoints, whole),
+        ):
+            found = {path for callback in among for path in find(callback, self) if storage.exists(path)}
             for path in sorted(found, key=storage.modified, reverse=True):
-                damage = storage.damage(path)
+                damage = self.strategy.checkpoint_io.damage(path)
                 if damage is None:
                     return path
                 rank_zero_warn(f"ckpt_path='last' steps over the newest checkpoint, which is no sound one: {damage}")

@@ -128,6 +128,9 @@ class ModelCheckpoint(Checkpoint):
         self._last_global_step_saved = 0
         self._last_checkpoint_saved = ""
         self._newest_step = -1
+        self._leaving: list[str] = []
+        self._resumed: dict[str, Any] = {}
+        self._goes_on = False
         self._last_time_checked = 0.0
         self._awaits_validation = False
         self._validated = False
@@ -213,15 +216,36 @@ class ModelCheckpoint(Checkpoint):
         if strange:
             rank_zero_warn(f"the checkpoint folder {dirpath} has {len(strange)} of another run already: {strange[0]}")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin counting time."""
-        self._last_time_checked = time.monotonic()
-        self._last_global_step_saved = trainer.global_step
-        self._awaits_validation = self._validated = False
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what a checkpoint left."""
         if self._restored:
             # Which files are left was looked up by each rank for itself.
             self.__dict__.update(trainer.strategy.broadcast(self.state_dict()))
             self._restored = False
+        self._goes_on, self._leaving = bool(self._resumed), []
+        self.__dict__.update(self._resumed)
+        self._resumed = {}
+        if trainer.goes_on:
+            self._remove_leaving(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin counting time."""
+        self._last_time_checked = time.monotonic()
+        if not self._goes_on:
+            self._last_global_step_saved = trainer.global_step
+            self._awaits_validation = self._validated = False
+
+    def catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what was due when the checkpoint was taken from which the fit goes on, and was not done by then."""
+        if not self._goes_on:
+            return
+        if trainer.progress.epoch_done:
+            ModelCheckpoint.on_train_epoch_end(self, trainer, pl_module)
+        elif trainer.progress.validated:
+            ModelCheckpoint.on_validation_end(self, trainer, pl_module)
+        else:
+            last = trainer.progress.batches_in_epoch - 1
+            ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, None, None, last)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Any, batch_idx: int
@@ -260,6 +284,7 @@ class ModelCheckpoint(Checkpoint):
         """See to it that "last" is the state that training ended with."""
         if self.save_last and not trainer.fast_dev_run and self._newest_step != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._remove_leaving(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, with `save_on_exception`."""
@@ -324,32 +349,36 @@ class ModelCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         candidates = self._monitor_candidates(trainer)
-        outdated = self._save_topk_checkpoint(trainer, candidates)
+        self._save_topk_checkpoint(trainer, candidates)
         if self.save_last:
-            outdated += self._save_last_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
         # Only now, so that at no moment the newest or the best state is missing.
-        for path in outdated:
-            self._remove_checkpoint(trainer, path)
+        self._remove_leaving(trainer)
 
-    def _save_topk_checkpoint(self, trainer: Trainer, candidates: dict[str, Tensor]) -> list[str]:
-        """Save if it is among the best, and return the files that are not any more."""
+    def _remove_leaving(self, trainer: Trainer) -> None:
+        for path in self._leaving:
+            self._remove_checkpoint(trainer, path)
+        self._leaving = []
+
+    def _save_topk_checkpoint(self, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
+        """Save if it is among the best, and note which files are not any more."""
         if self.save_top_k == 0:
-            return []
+            return
         if self.monitor is None:
             previous = self.best_model_path
             self.best_model_path = self._choose_name(trainer, candidates, replaces=previous)
+            if self.save_top_k == 1:
+                self._note_leaving(trainer, previous, self.best_model_path)
             self._save_checkpoint(trainer, self.best_model_path)
-            replaced = self.save_top_k == 1 and self._should_remove(trainer, previous, self.best_model_path)
-            return [previous] if replaced else []
+            return
         if self.monitor not in candidates:
             self._complain_of_missing(candidates)
-            return []
+            return
         current = candidates[self.monitor].detach().cpu()
         if self.check_monitor_top_k(trainer, current):
-            return self._update_best_and_save(current, trainer, candidates)
-        if self.verbose:
+            self._update_best_and_save(current, trainer, candidates)
+        elif self.verbose:
             rank_zero_info(f"{_where(candidates)}: {self.monitor!r} was not in top {self.save_top_k}")
-        return []
 
     def _complain_of_missing(self, candidates: Mapping[str, Tensor]) -> None:
         message = (
@@ -372,7 +401,7 @@ class ModelCheckpoint(Checkpoint):
         decision = bool(better(current.cpu(), self.best_k_models[self.kth_best_model_path].cpu()))
         return bool(trainer.strategy.reduce_boolean_decision(decision, all=False))
 
-    def _update_best_and_save(self, current: Tensor, trainer: Trainer, candidates: dict[str, Tensor]) -> list[str]:
+    def _update_best_and_save(self, current: Tensor, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         evicted = ""
         if len(self.best_k_models) == self.save_top_k:
             evicted = self.kth_best_model_path
@@ -388,8 +417,8 @@ class ModelCheckpoint(Checkpoint):
                 f"{_where(candidates)}: {self.monitor!r} reached {current:0.5f} (best {self.best_model_score:0.5f}), "
                 f"saving model to {filepath!r} as top {len(self.best_k_models)}"
             )
+        self._note_leaving(trainer, evicted, filepath)
         self._save_checkpoint(trainer, filepath)
-        return [evicted] if self._should_remove(trainer, evicted, filepath) else []
 
     def _rank_models(self) -> None:
         """Find the best and the worst of those kept."""
@@ -404,23 +433,30 @@ class ModelCheckpoint(Checkpoint):
     def _score_of(self, path: str) -> float:
         return float(self.best_k_models[path])
 
-    def _save_last_checkpoint(self, trainer: Trainer, candidates: dict[str, Tensor]) -> list[str]:
-        """Save or link the newest state, and return the file that was the newest before, if it had another name."""
+    def _save_last_checkpoint(self, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
+        """Save or link the newest state, and note the file that was the newest before, if it had another name."""
         previous = self.last_model_path
         filepath = self._choose_name(trainer, candidates, replaces=previous, name=self.CHECKPOINT_NAME_LAST)
         self.last_model_path = filepath
+        self._note_leaving(trainer, previous, filepath)
         saved_just_now = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
         if self.save_last == "link" and saved_just_now and self._last_checkpoint_saved != filepath:
             self._link_checkpoint(trainer, self._last_checkpoint_saved, filepath)
+            self._newest_step = trainer.global_step
         else:
-            self._save_checkpoint(trainer, filepath)
-        self._newest_step = trainer.global_step
-        return [previous] if self._should_remove(trainer, previous, filepath) else []
+            self._save_checkpoint(trainer, filepath, newest=True)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        trainer.save_checkpoint(filepath, self.save_weights_only)
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
+    def _save_checkpoint(self, trainer: Trainer, filepath: str, newest: bool = False) -> None:
+        before = {name: self.__dict__[name] for name in _SAVED}
+        # Before it is, so that a fit that goes on from the file knows that it is there.
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        if newest:
+            self._newest_step = trainer.global_step
+        try:
+            trainer.save_checkpoint(filepath, self.save_weights_only)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
@@ -430,6 +466,10 @@ class ModelCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             trainer.strategy.checkpoint_io.then(functools.partial(_link, filepath, linkpath))
         trainer.strategy.barrier("ModelCheckpoint.link")
+
+    def _note_leaving(self, trainer: Trainer, previous: str, current: str) -> None:
+        if self._should_remove(trainer, previous, current):
+            self._leaving.append(previous)
 
     def _should_remove(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Whether a file was written by this run, and is neither needed nor what the run was resumed from."""
@@ -455,7 +495,11 @@ class ModelCheckpoint(Checkpoint):
 
     def _free_name(self, trainer: Trainer, candidates: dict[str, Tensor], name: str | None, replaces: str) -> str:
         def is_taken(path: str) -> bool:
-            return path != replaces and (files.exists(path) or trainer.strategy.checkpoint_io.is_pending(path))
+            if path == replaces or not (files.exists(path) or trainer.strategy.checkpoint_io.is_pending(path)):
+                return False
+            # What this run itself wrote later on, before it was cut off, is written anew.
+            run, step = trainer.strategy.checkpoint_io.origin(path) if trainer.goes_on else ("", -1)
+            return run != trainer.run_id or step < trainer.global_step
 
         filepath = self.format_checkpoint_name(candidates, name)
         version = self.STARTING_VERSION
@@ -537,6 +581,17 @@ class ModelCheckpoint(Checkpoint):
             "last_model_path": self.last_model_path,
         }
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what Lightning's checkpoints have no place for: what was saved, and what is left to do."""
+        checkpoint["lightlite"].setdefault("saved", {})[self.state_key] = {
+            name: list(value) if isinstance(value := self.__dict__[name], list) else value for name in (*_SAVED, *_DUE)
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have it taken up when training starts."""
+        fitting = trainer.state.fn == "fit"
+        self._resumed = checkpoint.get("lightlite", {}).get("saved", {}).get(self.state_key, {}) if fitting else {}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what was best, as far as its files are still where they were or are in the folder of this run."""
         old_folder = state_dict.get("dirpath")
@@ -562,6 +617,10 @@ class ModelCheckpoint(Checkpoint):
             if files.exists(moved):
                 return moved
         return path if files.exists(path) else ""
+
+
+_SAVED = ("_last_global_step_saved", "_last_checkpoint_saved", "_newest_step")
+_DUE = ("_leaving", "_awaits_validation", "_validated")
 
 
 def _link(filepath: str, linkpath: str) -> None:

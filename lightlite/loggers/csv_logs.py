@@ -40,6 +40,7 @@ class ExperimentWriter:
         self.hparams: dict[str, Any] = {}
         self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
         files.make_folder(log_dir)
+        files.remove(f"{self.metrics_file_path}.tmp")  # half a file of a killed run
         self._columns, self.rows_written = self._continue()
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

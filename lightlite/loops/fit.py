@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightlite import distributed
+from lightlite.callbacks.model_checkpoint import ModelCheckpoint
 from lightlite.data import RankLoader, RankLoaders, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
@@ -173,6 +174,9 @@ class FitLoop:
             self.logged = dict(trainer.resumed_results["logged"])
             trainer.resumed_results = {}
         if self.progress.epoch_done:
+            if trainer.resumed_random_states is not None:
+                restore_rng(trainer.resumed_random_states["now"])
+            self._catch_up()
             self._leave_epoch()  # what a checkpoint taken in on_train_epoch_end left to do
         if trainer.limit_train_batches == 0:
             rank_zero_info("Trainer.fit stopped: limit_train_batches=0 leaves no batches")
@@ -495,7 +499,13 @@ class FitLoop:
 
     def _finish_pending(self) -> bool:
         """Do what a checkpoint taken within a batch's hooks left undone of that batch."""
+        self._catch_up()
         return self.finish_batch(self.progress.batches_in_epoch - 1)
+
+    def _catch_up(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.catch_up(self.trainer, self.module)
 
     def _epoch_validates(self) -> bool:
         every = self.trainer.check_val_every_n_epoch

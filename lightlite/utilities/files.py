@@ -90,7 +90,7 @@ def write_text(path: PathLike, text: str) -> None:
         with filesystem.open(inner, "w", newline="") as file:
             file.write(text)
         return
-    half_written = f"{os.fspath(path)}.tmp{os.getpid()}"
+    half_written = f"{os.fspath(path)}.tmp"
     with open(half_written, "w", newline="", encoding="utf-8") as file:
         file.write(text)
     os.replace(half_written, path)

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 import lightlite as pl
-from lightlite.callbacks import Callback, LambdaCallback, ModelSummary, Timer
+from lightlite.callbacks import Callback, LambdaCallback, ModelCheckpoint, ModelSummary, Timer
 from lightlite.errors import MisconfigurationException
 
 from .programs import Net, fit, loader, trainer
@@ -124,3 +124,14 @@ def test_a_callbacks_state_survives_a_restart() -> None:
     run = trainer(callback, pl.callbacks.ModelCheckpoint(dirpath="d"), max_epochs=2)
     run.fit(Net(), loader(), loader(1), ckpt_path="c/x.ckpt")
     assert callback.batches == 8
+
+
+def test_two_callbacks_whose_states_could_not_be_told_apart_are_refused() -> None:
+    def having(*callbacks: Callback) -> pl.Trainer:
+        return pl.Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks))
+
+    having(ModelCheckpoint(monitor="a"), ModelCheckpoint(monitor="b"), Callback(), Callback())
+    with pytest.raises(
+        MisconfigurationException, match=r"two callbacks with the state_key .ModelCheckpoint\{'monitor'"
+    ):
+        having(ModelCheckpoint(save_last=True), ModelCheckpoint(save_top_k=-1))

@@ -55,7 +55,9 @@ def fit(folder: Path, devices: int = 1, **options: Any) -> pl.Trainer:
         callbacks=[
             ModelCheckpoint(folder / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}"),
             ModelCheckpoint(folder / "epochs", save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True),
-            ModelCheckpoint(folder / "val", save_top_k=-1, filename="{step}", save_on_train_epoch_end=False),
+            ModelCheckpoint(
+                folder / "val", monitor="val_loss", save_top_k=-1, filename="{step}", save_on_train_epoch_end=False
+            ),
         ],
     )
     trainer.fit(Logging(), regression_loader(5, shuffle=True), regression_loader(2), **options)

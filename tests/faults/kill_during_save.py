@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from lightlite import storage
+from lightlite.saving import AsyncCheckpointIO, TorchCheckpointIO
 
 NAMES = ("last.ckpt", "epoch=0-step=1.ckpt")
 
@@ -38,24 +39,25 @@ def is_whole(path: Path) -> bool:
     return all(bool((tensor == read["number"]).all()) for tensor in read["state_dict"].values())
 
 
-def _write_for_ever(folder: Path, megabytes: float, started: int) -> None:
+def _write_for_ever(folder: Path, megabytes: float, started: int, asynchronous: bool) -> None:
     number = 0
+    writer = AsyncCheckpointIO() if asynchronous else TorchCheckpointIO()
     while True:
         for name in NAMES:
             number += 1
             content = state(number, megabytes)
             if number == 1:
                 os.write(started, b"x")
-            storage.write(content, folder / name)
+            writer.save_checkpoint(content, folder / name)
 
 
-def one_trial(folder: Path, megabytes: float, delay: float) -> Counter[str]:
+def one_trial(folder: Path, megabytes: float, delay: float, asynchronous: bool) -> Counter[str]:
     """Kill a writer `delay` seconds after its first save has begun; return what was found afterwards."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            _write_for_ever(folder, megabytes, writer)
+            _write_for_ever(folder, megabytes, writer, asynchronous)
         finally:
             os._exit(3)
     os.close(writer)
@@ -85,6 +87,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=1000, help="how many writers to kill (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument("--megabytes", type=float, default=4.0, help="size of a checkpoint (4)")
+    parser.add_argument("--asynchronous", action="store_true", help="let another thread write")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process must find no threads
     chance = random.Random(options.seed)
@@ -95,7 +98,7 @@ def main() -> int:
         storage.read(Path(folder) / NAMES[0])
         took = time.monotonic() - began
         for trial in range(options.trials):
-            total += one_trial(Path(folder), options.megabytes, chance.uniform(0, 3 * took))
+            total += one_trial(Path(folder), options.megabytes, chance.uniform(0, 3 * took), options.asynchronous)
             if (trial + 1) % 100 == 0:
                 print(f"{trial + 1} trials: {dict(total)}", flush=True)
     wrong = {

@@ -7,8 +7,10 @@ weights), ends the whole run by SIGKILL at a random moment, goes on with `ckpt_p
 comes to its end. Weights, optimizer state, the log and the best checkpoints must be those of the run that was never
 killed, to the bit.
 
-Two differences are known: augmentation in loader workers (`--workers 1` and more), and the files of the best, where the
-kill fell between writing one and removing the one it replaced.
+With `--operations N` the moments are not random: the run is killed before the first file operation that gives a file
+its name or removes one, in another trial before the one N later, and so on to its end.
+
+One difference is known: augmentation in loader workers, `--workers 1` and more.
 
 Exits with 1 if anything differs.
 """
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,10 @@ def train(folder: Path, ranks: int, workers: int) -> None:
         callbacks=[
             EMAWeightAveraging(decay=0.9),
             ModelCheckpoint(folder / "steps", every_n_train_steps=1, save_last=True, save_top_k=0),
-            ModelCheckpoint(folder / "best", monitor="val_loss", save_top_k=2),
+            ModelCheckpoint(folder / "best", monitor="val_loss", save_top_k=2, mode="max"),
+            ModelCheckpoint(folder / "often", every_n_train_steps=4, monitor="loss", save_top_k=2),
+            ModelCheckpoint(folder / "newest", save_on_train_epoch_end=True, save_last=True, save_top_k=0),
+            ModelCheckpoint(folder / "epochs", "{epoch}", "val_loss", save_top_k=-1, save_on_train_epoch_end=True),
         ],
     )
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
@@ -103,12 +108,38 @@ def train(folder: Path, ranks: int, workers: int) -> None:
         ckpt_path="last",
     )
     torch.save(
-        {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "step": trainer.global_step},
+        {
+            "weights": module.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "global_step": trainer.global_step,
+        },
         folder / "end.pt",
     )
 
 
-def _started(folder: Path, ranks: int, workers: int) -> int:
+class Operations:
+    """Counts what is done to files, and kills the process before one of them.
+
+    Args:
+        last: Number of the operation that is not done any more, from 1; 0 for none.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.count, self._last = 0, last
+        for name in ("replace", "remove", "unlink"):
+            setattr(os, name, self._counted(getattr(os, name)))
+
+    def _counted(self, operation: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            self.count += 1
+            if self.count == self._last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            operation(*args, **kwargs)
+
+        return call
+
+
+def _started(folder: Path, ranks: int, workers: int, last_operation: int = 0) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -116,7 +147,9 @@ def _started(folder: Path, ranks: int, workers: int) -> int:
     try:
         os.setsid()
         warnings.simplefilter("ignore")
+        operations = Operations(last_operation)
         train(folder, ranks, workers)
+        (folder / "operations").write_text(str(operations.count))
         code = 0
     finally:
         sys.stdout.flush()
@@ -143,23 +176,27 @@ def run(folder: Path, ranks: int, workers: int, delays: Iterator[float]) -> int:
             time.sleep(0.002)
 
 
+def run_until(operation: int, folder: Path, ranks: int, workers: int) -> None:
+    """Train, killed before a file operation, and once more to the end."""
+    os.waitpid(_started(folder, ranks, workers, operation), 0)
+    run(folder, ranks, workers, iter(()))
+
+
 def differences(whole: Path, killed: Path) -> list[str]:
     """What differs between two folders of runs."""
-    found = []
+    names = [
+        sorted(str(path.relative_to(folder)) for path in folder.glob("*/*") if path.suffix != ".bak")
+        for folder in (whole, killed)
+    ]
+    found = [f"the names {sorted(set(names[0]) ^ set(names[1]))}"] if names[0] != names[1] else []
     if (whole / "log/metrics.csv").read_text() != (killed / "log/metrics.csv").read_text():
         found.append("log")
-    best = [sorted(path.name for path in (folder / "best").iterdir()) for folder in (whole, killed)]
-    if best[0] != best[1]:
-        found.append(f"names of the best: {best}")
-    pairs = [(torch.load(folder / "end.pt") for folder in (whole, killed))]
-    pairs += [
-        (torch.load(folder / "best" / name)["state_dict"] for folder in (whole, killed))
-        for name in best[0]
-        if best[0] == best[1]
-    ]
-    for what, (one, other) in zip(["end", *best[0]], pairs, strict=False):
-        if not _same(one, other):
-            found.append(what)
+    for name in ["end.pt", *(name for name in names[0] if name in names[1] and name.endswith(".ckpt"))]:
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (whole, killed))
+        if not all(
+            _same(one.get(key), other.get(key)) for key in ("state_dict", "weights", "optimizer", "global_step")
+        ):
+            found.append(name)
     return found
 
 
@@ -180,28 +217,34 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument("--ranks", type=int, default=1, help="devices (1)")
     parser.add_argument("--workers", type=int, default=2, help="loader workers (2)")
+    parser.add_argument("--operations", type=int, default=0, metavar="N", help="kill before every N-th file operation")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chance = random.Random(options.seed)
     wrong = kills = 0
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        whole, killed = Path(name) / "whole", Path(name) / "killed"
         began = time.monotonic()
-        run(root / "whole", options.ranks, options.workers, iter(()))
+        run(whole, options.ranks, options.workers, iter(()))
         took = time.monotonic() - began
-        for trial in range(options.trials):
-            delays = iter([chance.uniform(0, took) for _ in range(chance.randint(1, 4))])
-            folder = root / "killed"
-            killed = run(folder, options.ranks, options.workers, delays)
-            found = differences(root / "whole", folder)
-            kills += killed
+        count = int((whole / "operations").read_text())
+        trials = range(1, count + 1, options.operations) if options.operations else range(options.trials)
+        for trial in trials:
+            if options.operations:
+                run_until(trial, killed, options.ranks, options.workers)
+                times = 1
+            else:
+                delays = iter([chance.uniform(0, took) for _ in range(chance.randint(1, 4))])
+                times = run(killed, options.ranks, options.workers, delays)
+            found = differences(whole, killed)
+            kills += times
             wrong += bool(found)
             print(
-                f"trial {trial}: killed {killed} times, {'differs in ' + ', '.join(found) if found else 'equal'}",
+                f"trial {trial}: killed {times} times, {'differs in ' + ', '.join(found) if found else 'equal'}",
                 flush=True,
             )
-            shutil.rmtree(folder)
-    print(f"{options.trials} trials, {kills} kills, {wrong} with differences; an undisturbed run takes {took:.1f} s")
+            shutil.rmtree(killed)
+    print(f"{len(trials)} trials, {kills} kills, {wrong} with differences; an undisturbed run takes {took:.1f} s")
     return 1 if wrong else 0
 
 

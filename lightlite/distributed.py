@@ -88,8 +88,9 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
         return False
     if ranks.num_nodes == 1:
         loopback = "lo0" if os.uname().sysname == "Darwin" else "lo"
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, loopback)
+        for variable in {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys():
+            os.environ[variable] = loopback
+            _variables_set.add(variable)
     backends = backend if backend == "gloo" or ":" in backend else f"cpu:gloo,{_device_of(backend)}:{backend}"
     store: dist.Store
     patience = max(timeout, START_TIMEOUT)
@@ -142,6 +143,8 @@ def _hear(store: dist.Store, ranks: Ranks) -> None:
 
 
 _left: list[Any] = []
+_variables_set: set[str] = set()
+"""What `join` has set of the environment, for `leave` to take away: what the script starts is not of the run."""
 
 
 @atexit.register
@@ -171,6 +174,8 @@ def leave() -> None:
         group = dist.group.WORLD
         dist.destroy_process_group()
         _left[:] = [group]
+    while _variables_set:
+        os.environ.pop(_variables_set.pop(), None)
     # Torch numbers groups, and a join that failed has used up a number that new processes will count from again.
     dist.distributed_c10d._world.group_count = 0
 

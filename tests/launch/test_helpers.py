@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import lightlite as pl
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import LaunchError
@@ -288,3 +289,15 @@ def test_loader_workers_forked_right_after_a_collective_come_to_life() -> None:
         pool.run(work)
     finally:
         pool.close()
+
+
+class Rows(pl.LightningModule):
+    def predict_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+
+def test_a_run_leaves_the_environment_as_it_was(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, logger=False, default_root_dir=tmp_path)
+    assert trainer.predict(Rows(), DataLoader(torch.arange(4.0))) is not None
+    assert dict(os.environ) == before

@@ -104,6 +104,8 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
     _check_in(store, ranks, patience)
     hook = sys.excepthook
     dist.init_process_group(backends, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    # A rank that failed from here on would leave another for half an hour with the forming of its connection to it.
+    _meet(store, "joined", ranks, patience)
     if ranks.store is not None:
         sys.excepthook = hook  # torch's own would mark with a rank what the script raises long after the run
     return True
@@ -111,12 +113,17 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
 
 def _check_in(store: dist.Store, ranks: Ranks, patience: timedelta) -> None:
     """Wait for every rank, or for the word of one that will not come."""
-    if store.add("here", 1) == ranks.world_size:
-        store.set("go", "")
-    store.wait(["go"], patience)
+    _meet(store, "go", ranks, patience)
     if why := store.get("go").decode():
         _hear(store, ranks)
         raise MisconfigurationException(why)
+
+
+def _meet(store: dist.Store, sign: str, ranks: Ranks, patience: timedelta) -> None:
+    """Wait until every rank is here, or one has given the sign already."""
+    if store.add(f"here for {sign}", 1) == ranks.world_size:
+        store.set(sign, "")
+    store.wait([sign], patience)
 
 
 def withdraw(ranks: Ranks, why: str) -> None:

@@ -112,8 +112,13 @@ def _callback_states(trainer: Trainer) -> dict[str, Any]:
 
 def _random_states(trainer: Trainer) -> dict[str, Any]:
     device = trainer.strategy.accelerator.random_state(trainer.strategy.root_device)
-    loader = trainer.loader_state()
-    return {**(trainer.epoch_random_state or {}), "now": capture_rng(), "loader_now": loader, "device": device}
+    return {
+        **(trainer.epoch_random_state or {}),
+        "now": capture_rng(),
+        "loader_now": trainer.loader_state(),
+        "validation": trainer.fit_loop.validation_states() if trainer.fit_loop else [],
+        "device": device,
+    }
 
 
 def _results(trainer: Trainer) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightlite import distributed
 from lightlite.dealing import Column, Cycle, Dealt, Draw, same_rng, slices
 from lightlite.errors import MisconfigurationException
+from lightlite.positions import WorkerPasses
 from lightlite.utilities.combined_loader import CombinedLoader, combined_length, draw_together, is_nest, sized_len
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
@@ -105,8 +106,10 @@ class RankLoader(_Pass):
         self._draws = self._world if training and self._splits_batches else 1
         self.loader = loader
         self.length: int | None
-        if self._world > 1 and not _is_split_by_user(loader):
+        if self._splits_batches:
             self.loader = self._dealt_out()
+        elif _is_map_style(loader) and loader.num_workers and getattr(loader, "in_order", True):
+            self.draw_by_index()
         self.length = self._count()
         self.initial_state = self.state_dict()
 
@@ -125,47 +128,49 @@ class RankLoader(_Pass):
         return self._world > 1 and not _is_split_by_user(self.source)
 
     def _dealt_out(self) -> Any:
-        rank, world = self._rank, self._world
+        rank, world = (self._rank, self._world) if self._splits_batches else (0, 1)
         if not _is_map_style(self.source):
             self._passing = True
             # Persistent workers of the user's own would be at another point of their random stream than new ones.
             return twin_of(self.source) if isinstance(self.source, DataLoader) else self.source
         loader: DataLoader[Any] = self.source
+        unbatched = loader.batch_sampler is None
+        batches: Any = loader.sampler if unbatched else loader.batch_sampler
         if not self._training:
-            unbatched = loader.batch_sampler is None
-            batches: Any = loader.sampler if unbatched else loader.batch_sampler
             if self._endless is not None:
                 batches = self._endless
-            return self._copy(batches, lambda items: itertools.islice(items, rank, None, world), unbatched)
-        if loader.batch_sampler is not None and type(loader.batch_sampler) is BatchSampler:
-            size, drop_last = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
-            sampler = loader.batch_sampler.sampler
-            return self._copy(
-                sampler, lambda items: slices(items, size, drop_last, rank, world), False, size, drop_last
-            )
-        batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+            return self._copy(batches, lambda items, _: itertools.islice(items, rank, None, world), unbatched)
+        size: int | None = None
         drop_last = bool(getattr(batches, "drop_last", False))
-        deal = lambda items: slices(items, None, drop_last, rank, world)  # noqa: E731
-        return self._copy(batches, deal, loader.batch_sampler is None, 1, drop_last)
+        if type(batches) is BatchSampler:
+            size, batches = batches.batch_size, batches.sampler
+        deal = lambda items, head: slices(items, head, size, drop_last, rank, world)  # noqa: E731
+        return self._copy(batches, deal, unbatched, size or 1, drop_last)
 
     def _copy(
         self,
         source: Iterable[Any],
-        deal: Callable[[Iterator[Any]], Iterator[Any]],
+        deal: Callable[[Iterator[Any], list[Any]], Iterator[Any]],
         unbatched: bool,
         size: int | None = None,
         drop_last: bool = False,
     ) -> Any:
+        world = self._world if self._splits_batches else 1
         total = sized_len(source)
         length = None
         if total is not None and size is not None:
-            length = total // (size * self._world) if drop_last else -(-total // (size * self._world))
+            length = total // (size * world) if drop_last else -(-total // (size * world))
         elif total is not None:
-            length = len(range(self._rank, total, self._world))
-        self._dealt = Dealt(source, deal, length)
-        self._draws = 1 if size is None else size * self._world
+            length = len(range(self._rank if world > 1 else 0, total, world))
+        workers = WorkerPasses(self.source) if self.source.num_workers else None
+        share = (size or 1) * world
+        self._dealt = Dealt(source, deal, length, share, world > 1, workers)
+        self._draws = 1 if size is None else share
         twin = with_sampler(self.source, self._dealt, unbatched)
-        twin.worker_init_fn = WorkerSeed(self._rank, twin.worker_init_fn)
+        if workers is not None:
+            twin.generator = workers.generator
+        if world > 1:
+            twin.worker_init_fn = WorkerSeed(self._rank, twin.worker_init_fn)
         return twin
 
     def _count(self) -> int | None:
@@ -207,6 +212,8 @@ class RankLoader(_Pass):
         self._beginning = self._dealt
         if self._dealt is not None:
             self._dealt.skip, self._dealt.limit = skip, stop
+            if self._dealt.workers is not None:
+                self._dealt.workers.begin()
             return iter(self.loader)
         mine: Iterator[Any] = iter(self.loader)
         again_and_again = self._passing and self._endless is not None
@@ -217,7 +224,7 @@ class RankLoader(_Pass):
         if self._passing:
             if again_and_again or not getattr(self.loader, "num_workers", 0):
                 mine = self._beginning = Draw(mine, 1)
-            dealt = slices(mine, None, self._drops_last, self._rank, self._world) if self._training else mine
+            dealt = slices(mine, [], None, self._drops_last, self._rank, self._world) if self._training else mine
             mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
         return itertools.islice(mine, skip, None) if skip else mine
 
@@ -228,12 +235,8 @@ class RankLoader(_Pass):
 
     def draw_by_index(self) -> None:
         """Iterate a copy of the loader that draws what it would draw anyway, by indices that are known beforehand."""
-        if self._dealt is not None or not _is_map_style(self.source):
-            return
-        loader = self.source
-        unbatched = loader.batch_sampler is None
-        self._dealt, self._draws = Dealt(loader.sampler if unbatched else loader.batch_sampler, iter, self.length), 1
-        self.loader = with_sampler(loader, self._dealt, unbatched)
+        if self._dealt is None and _is_map_style(self.source):
+            self.loader = self._dealt_out()
 
     def track(self) -> deque[Any] | None:
         """Note the indices of each batch from the next pass on; None where the loader has no indices."""
@@ -277,13 +280,17 @@ class RankLoader(_Pass):
         return list({id(generator): generator for generator in found if hasattr(generator, "get_state")}.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the generators that the loader owns, and the random state from which the order was drawn."""
-        return {"generators": [generator.get_state() for generator in self._generators()], "order": self.order}
+        """States of the generators that the loader owns, of its workers, and that from which the order was drawn."""
+        generators = [generator.get_state() for generator in self._generators()]
+        workers = self._dealt.workers if self._dealt is not None else None
+        return {"generators": generators, "workers": workers and workers.state, "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Put back what `state_dict` returned."""
         for generator, kept in zip(self._generators(), (state or {}).get("generators", ()), strict=False):
             generator.set_state(kept)
+        if self._dealt is not None and self._dealt.workers is not None:
+            self._dealt.workers.state = (state or {}).get("workers")
 
     def set_epoch(self, epoch: int) -> None:
         """Tell samplers that shuffle by epoch which one it is."""

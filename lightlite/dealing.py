@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightlite import distributed
+from lightlite.positions import Placed, WorkerPasses
 from lightlite.utilities.combined_loader import draw_together
 from lightlite.utilities.seed import capture_rng, restore_rng
 
@@ -23,12 +24,16 @@ BLOCK = 4096
 
 
 class Dealt(Sampler[Any]):
-    """What one rank draws from a sampler that every rank runs alike.
+    """What one rank draws from a sampler, which every rank runs alike.
 
     Args:
         source: The sampler, or batch sampler, of the user's loader.
-        deal: Turns the source's items into this rank's.
+        deal: Turns the source's items into this rank's; it is also given the first items of the order, if they were
+            passed over.
         length: Items this rank gets, or None where the source does not know its own number.
+        share: Items of the source for one of this rank's.
+        ahead: Whether ranks draw alike, whatever random numbers each uses meanwhile: ahead, in blocks.
+        workers: Where the loader's workers have their random numbers from; None where it has no workers.
 
     Attributes:
         skip: Items of this rank to pass over at the beginning of the next pass.
@@ -37,26 +42,49 @@ class Dealt(Sampler[Any]):
     """
 
     def __init__(
-        self, source: Iterable[Any], deal: Callable[[Iterator[Any]], Iterator[Any]], length: int | None
+        self,
+        source: Iterable[Any],
+        deal: Callable[[Iterator[Any], list[Any]], Iterator[Any]],
+        length: int | None,
+        share: int,
+        ahead: bool,
+        workers: WorkerPasses | None,
     ) -> None:
-        self.source, self._deal, self._length = source, deal, length
+        self.source, self.workers = source, workers
+        self._deal, self._length, self._share, self._ahead = deal, length, share, ahead
         self.skip = 0
         self.limit: int | None = None
         self.kept: deque[Any] | None = None
         self._last: Draw | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        self._last = Draw(itertools.islice(iter(self.source), self.limit))
-        dealt = self._deal(self._last)
-        if self.skip:
-            dealt = itertools.islice(dealt, self.skip, None)
-        return dealt if self.kept is None else self._keep(dealt, self.kept)
+        items = iter(self.source)
+        seed = None
+        if self.workers is not None:
+            seed = self.workers.seed()
+            items = enumerate(items)
+        items = itertools.islice(items, self.limit)
+        self._last = Draw(items, BLOCK, self._ahead, self.skip * self._share, max(FEW, self._share))
+        dealt = self._deal(self._last, self._last.head)
+        if seed is not None:
+            dealt = self._placed(dealt, seed)
+        return dealt if seed is not None or self.kept is None else self._keep(dealt, self.kept)
 
     @staticmethod
     def _keep(dealt: Iterator[Any], kept: deque[Any]) -> Iterator[Any]:
         for item in dealt:
             kept.append(item)
             yield item
+
+    def _placed(self, dealt: Iterator[Any], seed: int) -> Iterator[Any]:
+        for item in dealt:
+            if isinstance(item, list):
+                place, indices = [place for place, _ in item], [index for _, index in item]
+            else:
+                place, indices = item
+            if self.kept is not None:
+                self.kept.append(indices)
+            yield Placed(indices, seed, place)
 
     def __len__(self) -> int:
         if self._length is None:
@@ -65,9 +93,10 @@ class Dealt(Sampler[Any]):
 
     def first_drawn(self) -> list[int] | None:
         """The first indices drawn in this pass, as numbers; None where they are something else."""
-        items = itertools.chain.from_iterable(
-            item if isinstance(item, (list, tuple)) else (item,) for item in (self._last.drawn if self._last else ())
-        )
+        drawn = [] if self._last is None else (self._last.head or self._last.drawn)[:FEW]
+        if self.workers is not None:
+            drawn = [item for _, item in drawn]
+        items = itertools.chain.from_iterable(item if isinstance(item, (list, tuple)) else (item,) for item in drawn)
         try:
             return [operator.index(item) for item in itertools.islice(items, FEW)]
         except TypeError:
@@ -134,12 +163,28 @@ class Draw:
 
     So what is drawn late does not depend on the random numbers that the model has used meanwhile, which differ from
     rank to rank. Where it has used none, rank zero's random state at the end is the one that one process would have.
+
+    Args:
+        items: What to draw from.
+        block: Items to draw at a time.
+        ahead: Whether to do so; otherwise only a place is sought, and each item is drawn when it is asked for.
+        skip: Items to pass over, in one go with the first that is drawn.
+        keep: How many of those to keep as `head`.
+
+    Attributes:
+        head: The first items of those passed over.
+        drawn: The block at hand.
     """
 
-    def __init__(self, items: Iterator[Any], block: int = BLOCK) -> None:
-        self._items, self._block = items, block
+    def __init__(
+        self, items: Iterator[Any], block: int = BLOCK, ahead: bool = True, skip: int = 0, keep: int = 0
+    ) -> None:
+        self._items, self._block, self._ahead = items, block if ahead else 1, ahead
+        self._skip, self._keep = skip, keep
+        self.head: list[Any] = []
         self.drawn: list[Any] = []
         self._next = 0
+        self._begun = False
         self._state: Any = None
         self._first: Any = None
         self._over = False
@@ -148,10 +193,13 @@ class Draw:
         """Have the next block at hand."""
         if self._over or self._next < len(self.drawn):
             return
+        self._pass_over()
         own = None if self._state is None else capture_rng()
         if own is not None:
             restore_rng(self._state)
-        self.drawn, self._next = list(itertools.islice(self._items, self._block)), 0
+        self.drawn, self._next, self._begun = list(itertools.islice(self._items, self._block)), 0, True
+        if not self._ahead:
+            return
         self._over = len(self.drawn) < self._block
         if own is not None and self._over and distributed.rank() == 0 and same_rng(own, self._first):
             return
@@ -161,11 +209,20 @@ class Draw:
         else:
             restore_rng(own)
 
+    def _pass_over(self) -> None:
+        self.head += itertools.islice(self._items, min(self._skip, self._keep))
+        rest = self._skip - len(self.head)
+        self._skip = 0
+        if rest > 0:
+            next(itertools.islice(self._items, rest - 1, rest), None)
+
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         if self._next >= len(self.drawn):
+            if self._begun and not self._ahead:
+                return next(self._items)
             self.draw()
             if self._next >= len(self.drawn):
                 raise StopIteration
@@ -173,27 +230,29 @@ class Draw:
         return self.drawn[self._next - 1]
 
 
-def slices(items: Iterator[Any], batch_size: int | None, drop_last: bool, rank: int, world: int) -> Iterator[Any]:
+def slices(
+    items: Iterator[Any], head: list[Any], batch_size: int | None, drop_last: bool, rank: int, world: int
+) -> Iterator[Any]:
     """This rank's slice of each global batch of `world * batch_size` items.
 
     The last, incomplete global batch is completed from the start of the order to a multiple of `world`, or dropped.
 
     Args:
         items: Sample indices, or whole batches of them.
+        head: The start of the order, where that was passed over.
         batch_size: Items of a rank's batch; None where an item is a batch.
         drop_last: Whether to drop an incomplete global batch.
         rank: Which slice.
         world: Number of ranks.
     """
     size = (batch_size or 1) * world
-    head: list[Any] = []
+    start: list[Any] = []
     while block := list(itertools.islice(items, size)):
-        if not head:
-            head = block[:world]
+        start = start or (head or block)[:world]
         if len(block) < size:
             if drop_last:
                 return
-            block += itertools.islice(itertools.cycle(head), -len(block) % world)
+            block += itertools.islice(itertools.cycle(start), -len(block) % world)
         share = len(block) // world
         yield block[rank] if batch_size is None else block[rank * share : (rank + 1) * share]
 

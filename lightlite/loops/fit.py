@@ -133,6 +133,7 @@ class FitLoop:
         self._loaded_in_epoch = 0
         self._begun: Iterator[Any] | None = None
         self._validation: EvaluationLoop | None = None
+        self._validation_states: list[Any] = []
         self._validation_loaded_in_epoch = 0
         self._validates = bool(trainer.limit_val_batches) and trainer.has_validation(module)
         self._val_every: float = math.inf
@@ -160,6 +161,8 @@ class FitLoop:
             trainer.hooks.call("on_sanity_check_start")
             loop = self._validation_loop(RunningStage.SANITY_CHECKING)
             loop.run(limit=None if steps == math.inf else int(steps))
+            for loader in loop.loaders:
+                loader.load_state_dict(loader.initial_state)
             trainer.hooks.call("on_sanity_check_end")
             self.recorder.forget()
 
@@ -188,10 +191,11 @@ class FitLoop:
             return False
         if self.done():
             return False
+        resumed = trainer.resumed_random_states
+        self._validation_states = (resumed or {}).get("validation", [])
         if self._validates and self._validation is None and self._epoch_validates():
             self._validation_loop(RunningStage.VALIDATING)
         trainer.strategy.checkpoint_io.on_failure = self._look_soon
-        resumed = trainer.resumed_random_states
         if resumed is None:
             # Before the hooks, as in Lightning: random numbers that they draw come after those of the data's order.
             self._loader.set_epoch(self.progress.epoch)
@@ -546,10 +550,17 @@ class FitLoop:
             former, self.trainer.state.stage = self.trainer.state.stage, stage
             self._validation = EvaluationLoop(self.trainer, self.module, stage)
             self.trainer.state.stage = former
+            for loader, kept in zip(self._validation.loaders, self._validation_states, strict=False):
+                loader.load_state_dict(kept)
+            self._validation_states = []
             self._validation_loaded_in_epoch = self.progress.epoch
             self.trainer.note_batches(RunningStage.VALIDATING, self._validation.num_batches)
         self._validation.stage = stage
         return self._validation
+
+    def validation_states(self) -> list[Any]:
+        """States of what the validation loaders own."""
+        return [] if self._validation is None else [loader.state_dict() for loader in self._validation.loaders]
 
     def step_schedulers(self, last: bool) -> None:
         """Step the schedulers that watch no value: by step, and by epoch after its last batch."""

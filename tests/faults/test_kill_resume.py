@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.parametrize("moments", [("--trials", "3", "--seed", "2"), ("--operations", "17")])
 def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(moments: tuple[str, ...]) -> None:
     program = Path(__file__).with_name("kill_resume.py")
-    command = [sys.executable, str(program), "--workers", "0", *moments]
+    command = [sys.executable, str(program), "--workers", "2", *moments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"trials, (\d+) kills, 0 with differences", done.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import ClusterEnvironment
 from lightlite.launch import network
 from lightlite.launch.network import LOOPBACK
+from lightlite.utilities.rank_zero import rank_zero_warn
 
 FIRST_PORT, PORTS = 20000, 10000
 """Range of derived ports: below those that systems hand out to clients."""
@@ -119,6 +121,22 @@ class SlurmEnvironment(ClusterEnvironment):
             and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
             and not any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
         )
+
+    @staticmethod
+    def requeue() -> None:
+        """`scontrol requeue` this job, where it is one of Slurm's: it starts again with the same script."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if os.environ.get("SLURM_ARRAY_JOB_ID") and os.environ.get("SLURM_ARRAY_TASK_ID"):
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        if not job:
+            return
+        try:
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            rank_zero_warn(f"job {job} could not be requeued: {error}")
+            return
+        if done.returncode:
+            rank_zero_warn(f"job {job} could not be requeued: {done.stderr.strip()}")
 
     def ranks(self) -> Ranks:
         """This task's place.

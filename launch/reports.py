@@ -89,7 +89,7 @@ def of_error(rank: int, error: BaseException, *, caller: int | None = None) -> R
         "".join(traceback.format_exception(type(error), error, trace)).rstrip(),
         pickled,
         exitcode,
-        echo=blame.is_consequence(error),
+        echo=blame.is_consequence(error) or getattr(error, "on_every_rank", False),
         waited=waited,
         stopped_caller=waited and caller is not None and hanging.is_stopped(caller),
     )

@@ -14,21 +14,18 @@ import copy
 import itertools
 import math
 import operator
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightlite import distributed
 from lightlite.dealing import Column, Cycle, Dealt, Draw, same_rng, slices
 from lightlite.errors import MisconfigurationException
-from lightlite.positions import WorkerPasses
+from lightlite.positions import WorkerPasses, WorkerStart, killable
 from lightlite.utilities.combined_loader import CombinedLoader, combined_length, draw_together, is_nest, sized_len
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
@@ -108,8 +105,13 @@ class RankLoader(_Pass):
         self.length: int | None
         if self._splits_batches:
             self.loader = self._dealt_out()
-        elif _is_map_style(loader) and loader.num_workers and getattr(loader, "in_order", True):
-            self.draw_by_index()
+        elif isinstance(loader, DataLoader) and loader.num_workers:
+            if _is_map_style(loader) and getattr(loader, "in_order", True):
+                self.draw_by_index()
+            else:
+                self.loader = copy.copy(loader)
+                object.__setattr__(self.loader, "_iterator", None)
+                self.loader.worker_init_fn = WorkerStart(0, loader.worker_init_fn)
         self.length = self._count()
         self.initial_state = self.state_dict()
 
@@ -169,8 +171,7 @@ class RankLoader(_Pass):
         twin = with_sampler(self.source, self._dealt, unbatched)
         if workers is not None:
             twin.generator = workers.generator
-        if world > 1:
-            twin.worker_init_fn = WorkerSeed(self._rank, twin.worker_init_fn)
+            twin.worker_init_fn = WorkerStart(self._rank if world > 1 else 0, twin.worker_init_fn)
         return twin
 
     def _count(self) -> int | None:
@@ -214,8 +215,9 @@ class RankLoader(_Pass):
             self._dealt.skip, self._dealt.limit = skip, stop
             if self._dealt.workers is not None:
                 self._dealt.workers.begin()
-            return iter(self.loader)
-        mine: Iterator[Any] = iter(self.loader)
+            mine: Iterator[Any] = killable(iter(self.loader))
+            return mine
+        mine = killable(iter(self.loader))
         again_and_again = self._passing and self._endless is not None
         if again_and_again:
             mine = itertools.chain(mine, itertools.chain.from_iterable(itertools.repeat(self.loader)))
@@ -316,29 +318,6 @@ def _alike() -> Iterator[None]:
     yield
     if distributed.rank():
         restore_rng(own)
-
-
-class WorkerSeed:
-    """Random numbers of their own for each rank's loader workers, which torch would seed alike on every rank.
-
-    Args:
-        rank: Rank zero's workers keep what torch gave them.
-        init: The loader's own `worker_init_fn`, called afterwards.
-    """
-
-    def __init__(self, rank: int, init: Callable[[int], None] | None) -> None:
-        self._rank, self._init = rank, init
-
-    def __call__(self, worker_id: int) -> None:
-        """Seed a worker; called within it."""
-        if self._rank:
-            seed = hash((torch.initial_seed(), self._rank)) % 2**63
-            random.seed(seed)
-            torch.manual_seed(seed)
-            if "numpy" in sys.modules:
-                sys.modules["numpy"].random.seed(seed % 2**32)
-        if self._init is not None:
-            self._init(worker_id)
 
 
 def twin_of(loader: Any) -> Any:

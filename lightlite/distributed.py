@@ -102,6 +102,8 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
         # the launcher's store outlives the group, whose addresses the next group must not find there
         store = dist.PrefixStore(f"join{next(_joins)}", found)
     _check_in(store, ranks, patience)
+    global _stores
+    _stores = itertools.count()
     hook = sys.excepthook
     dist.init_process_group(backends, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     # A rank that failed from here on would leave another for half an hour with the forming of its connection to it.
@@ -150,6 +152,7 @@ def _hear(store: dist.Store, ranks: Ranks) -> None:
 
 
 _left: list[Any] = []
+_stores = itertools.count()
 _variables_set: set[str] = set()
 """What `join` has set of the environment, for `leave` to take away: what the script starts is not of the run."""
 
@@ -231,6 +234,17 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = outer
+
+
+def store(name: str) -> dist.Store:
+    """A store of the group's, new for each call, with a connection of its own, for use in a thread.
+
+    Args:
+        name: What it is for. Every rank has to ask for the same stores, in the same order.
+    """
+    default: Any = dist.distributed_c10d._get_default_store()
+    whole: dist.Store = default.clone()
+    return dist.PrefixStore(f"{name}{next(_stores)}", whole)
 
 
 def world_size() -> int:

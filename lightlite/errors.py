@@ -12,6 +12,9 @@
         └── RankFailedError            a rank died; carries `rank` and the remote traceback
             └── RankTimeoutError       a rank kept the others waiting too long (also a TimeoutError)
 
+    SystemExit
+    └── SIGTERMException               a signal told a fit to end; its exit code is 143
+
 A user's own exception is never wrapped: it passes through as it was raised.
 """
 
@@ -48,6 +51,15 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class CorruptCheckpointError(CheckpointError):
     """The file is truncated, damaged, or not a checkpoint at all."""
+
+
+class SIGTERMException(SystemExit):
+    """A fit was told to end by a signal; it has saved where it was. Raised on every rank, to exit with code 143."""
+
+    on_every_rank = True
+
+    def __init__(self) -> None:
+        super().__init__(128 + 15)
 
 
 class MetricError(LightliteError):

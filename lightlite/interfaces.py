@@ -448,6 +448,10 @@ class ClusterEnvironment(ABC):
     def export(self) -> None:
         """Set MASTER_ADDR and MASTER_PORT for `torch.distributed`, where the environment calls them otherwise."""
 
+    @staticmethod
+    def requeue() -> None:
+        """Have this job started again, where it is one of this environment's. Called on rank zero after SIGUSR1."""
+
 
 class OutputCollector(ABC):
     """Brings what each rank put in to all ranks, in the order of a single process.

@@ -1,10 +1,11 @@
-"""Random numbers in loader workers that depend on a sample's place in the pass, and not on which worker loads it."""
+"""What a loader's workers have of their own: random numbers by a sample's place in the pass, whoever loads it."""
 
 from __future__ import annotations
 
 import random
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +104,40 @@ class _Indices(list[Any]):
             _reseed(seed)
             yield index
         _reseed(self._seeds[-1])
+
+
+class WorkerStart:
+    """How a worker starts: called in it.
+
+    It does not heed the signals that tell its rank to end, which still needs it. Other ranks than the first seed their
+    workers apart, for what is not drawn by place: torch would seed them alike on every rank.
+
+    Args:
+        rank: Rank zero's workers keep what torch gave them.
+        init: The loader's own `worker_init_fn`, called afterwards.
+    """
+
+    def __init__(self, rank: int, init: Callable[[int], None] | None) -> None:
+        self._rank, self._init = rank, init
+
+    def __call__(self, worker_id: int) -> None:
+        """Start the worker of that number."""
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if self._rank:
+            _reseed(hash((torch.initial_seed(), self._rank)))
+        if self._init is not None:
+            self._init(worker_id)
+
+
+def killable(batches: Any) -> Any:
+    """A DataLoader's iterator whose workers are killed where torch would terminate those that do not end."""
+    for worker in getattr(batches, "_workers", ()):
+        process = getattr(worker, "_popen", None)
+        if process is not None:
+            process.terminate = process.kill
+    return batches
 
 
 def _reseed(seed: int) -> None:

@@ -28,6 +28,7 @@ from lightlite.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from lightlite.loops.evaluate import PredictionLoop, _BatchLoop
     from lightlite.loops.fit import FitLoop
+    from lightlite.loops.preemption import Preemption
     from lightlite.trainer import Trainer
 
 SESSION = (
@@ -42,6 +43,7 @@ SESSION = (
     "_source",
     "_launcher",
     "open_loaders",
+    "preemption",
     "_loader",
     "_evaluated",
 )
@@ -64,6 +66,7 @@ class Run(TrainerFacts):
     resumed_results: dict[str, Any]
     _own_callbacks: list[Callback]
     open_loaders: list[RankLoader | RankLoaders]
+    preemption: Preemption
     closing_epoch: bool
     """Set by a callback that needs one more epoch after training, in which nothing is trained; see `FitLoop.done`."""
     _loader: RankLoader | RankLoaders | None

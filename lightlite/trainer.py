@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,9 +41,15 @@ from lightlite.progress import STAGES, FitProgress, TrainerFn, TrainerState
 from lightlite.registry import callbacks_of_packages
 from lightlite.results import Recorder
 from lightlite.run import SESSION, Run, in_order
+from lightlite.utilities import files
 from lightlite.utilities.compile import from_compiled
 from lightlite.utilities.initialisation import NoInitialisation
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+GOING_ON = ("last", "auto", "hpc")
+"""What `ckpt_path` is where a run goes on that had ended before its time."""
+
+PREEMPTED = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 
 
 class Trainer(Run):
@@ -209,6 +216,7 @@ class Trainer(Run):
         self.num_predict_batches: list[int | float] = []
         self.epoch_random_state: dict[str, Any] | None = None
         self.run_id, self.goes_on = "", False
+        self.received_sigterm = False
         self.resumed_window: dict[str, Any] = {}
         self.resumed_results: dict[str, Any] = {}
         self.resumed_random_states: dict[str, Any] | None = None
@@ -269,7 +277,8 @@ class Trainer(Run):
                 `train_dataloader`.
             val_dataloaders: An iterable of batches, or several, to validate on.
             datamodule: Where loaders come from instead.
-            ckpt_path: Go on from this checkpoint: a path, "last" for the newest, "best".
+            ckpt_path: Go on from this checkpoint: a path, "last" for the newest, "auto" for the newest if there is one
+                yet, "hpc" for what was saved when a signal told a fit to end, "best".
             weights_only: Accepted for compatibility; nothing in a file is ever executed.
 
         Raises:
@@ -278,7 +287,7 @@ class Trainer(Run):
         """
         module, source = self._prepared_fit(model, train_dataloaders, val_dataloaders, datamodule)
         path = self._choose_checkpoint("fit", ckpt_path, True)
-        self.run_id, self.goes_on = uuid.uuid4().hex, ckpt_path == "last"
+        self.run_id, self.goes_on = uuid.uuid4().hex, ckpt_path in GOING_ON
         self._on_every_rank(run_fit)(self, module, source, path)
 
     def _prepared_fit(
@@ -289,7 +298,7 @@ class Trainer(Run):
         _require(module, "configure_optimizers", "(self) that returns an optimizer")
         source = _source("fit", module, datamodule, train=train_dataloaders, val=val_dataloaders)
         self.max_epochs = config.bound_epochs(self.max_epochs, self.max_steps, self._max_time is not None)
-        self.should_stop = False
+        self.should_stop = self.received_sigterm = False
         return module, source
 
     def validate(
@@ -430,16 +439,25 @@ class Trainer(Run):
                     "path, or fit with a ModelCheckpoint first"
                 )
             return str(best)
-        if given == "last":
+        if given == "hpc":
+            preempted = self._preempted_checkpoints()
+            if not preempted:
+                raise MisconfigurationException(
+                    f"Trainer.{fn}(ckpt_path='hpc'): in {self.default_root_dir} there is no hpc_ckpt_*.ckpt, as a fit "
+                    "leaves it that a signal told to end; give a path, or 'auto' to start from the beginning then"
+                )
+            return preempted[-1]
+        if given in ("last", "auto"):
             newest = self._newest_checkpoint()
-            if newest is None:
+            if newest is None and given == "last":
                 rank_zero_warn(
                     f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint yet; starting from the beginning"
                 )
             return newest
         if not isinstance(given, (str, os.PathLike)):
             raise MisconfigurationException(
-                f"Trainer.{fn}(ckpt_path={given!r}) of type {type(given).__name__}; give a path, 'best', 'last' or None"
+                f"Trainer.{fn}(ckpt_path={given!r}) of type {type(given).__name__}; give a path, 'best', 'last', 'auto', "
+                "'hpc' or None"
             )
         path: str = os.fspath(given)
         storage.require(path)
@@ -454,12 +472,30 @@ class Trainer(Run):
             (ModelCheckpoint.find_checkpoints, whole),
         ):
             found = {path for callback in among for path in find(callback, self) if storage.exists(path)}
+            found |= set(self._preempted_checkpoints())
             for path in sorted(found, key=storage.modified, reverse=True):
                 damage = self.strategy.checkpoint_io.damage(path)
                 if damage is None:
                     return path
                 rank_zero_warn(f"ckpt_path='last' steps over the newest checkpoint, which is no sound one: {damage}")
         return None
+
+    def _preempted_checkpoints(self) -> list[str]:
+        """What fits have saved that were told to end, the newest last."""
+        folder = self.default_root_dir
+        numbered = [(int(found[1]), name) for name in files.names_in(folder) if (found := PREEMPTED.fullmatch(name))]
+        return [os.path.join(folder, name) for _, name in sorted(numbered)]
+
+    def save_preempted(self) -> str:
+        """Save where a fit is that is told to end, in the place of what an earlier one saved. A collective call."""
+        former = self._preempted_checkpoints() if self.is_global_zero else []
+        number = 1 + (int(PREEMPTED.fullmatch(os.path.basename(former[-1]))[1]) if former else 0)  # type: ignore[index]
+        path: str = distributed.broadcast_object(os.path.join(self.default_root_dir, f"hpc_ckpt_{number}.ckpt"))
+        self.save_checkpoint(path)
+        self.strategy.checkpoint_io.wait()
+        for earlier in former:
+            self.strategy.checkpoint_io.remove_checkpoint(earlier)
+        return path
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:

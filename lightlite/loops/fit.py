@@ -72,7 +72,7 @@ def run_fit(
         fit.check_sanity()
         if not fit.begin():
             return
-        recorder, progress = trainer.recorder, trainer.progress
+        recorder, progress, preemption = trainer.recorder, trainer.progress, trainer.preemption
         prepare, schedulers = fit.prepare, fit.schedulers
         while not fit.done():
             step, batch_starts, batch_ends = fit.begin_epoch()
@@ -96,6 +96,8 @@ def run_fit(
                     progress.pending = False
                 elif fit.finish_batch(batch_idx):
                     break
+                if preemption.asked:
+                    preemption.leave_if_agreed()
             fit.end_epoch()
         fit.end()
 
@@ -125,7 +127,7 @@ class FitLoop:
         self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
         self._max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         self._alone = distributed.world_size() == 1
-        self._agreed_to_stop = False
+        self._agreed_to_stop = self._agreed_to_leave = False
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
         self._known_length: float = math.inf
@@ -285,9 +287,17 @@ class FitLoop:
         self._begun = self._validation = None
 
     def _agree_to_stop(self) -> None:
-        """Make one rank's `trainer.should_stop` every rank's: at log points, after validations and epochs."""
-        if not self._alone:
-            self._agreed_to_stop = self.trainer.should_stop = any(distributed.gather_objects(self.trainer.should_stop))
+        """Make one rank's `trainer.should_stop` every rank's: at log points, after validations and epochs.
+
+        And whether one was told to end by a signal.
+        """
+        asked = self.trainer.preemption.asked
+        if self._alone:
+            self._agreed_to_leave = asked
+            return
+        answers = distributed.gather_objects((self.trainer.should_stop, asked))
+        self._agreed_to_stop = self.trainer.should_stop = any(stop for stop, _ in answers)
+        self._agreed_to_leave = any(leave for _, leave in answers)
 
     @property
     def _asked_to_stop(self) -> bool:
@@ -443,6 +453,8 @@ class FitLoop:
         self.results.reset()
         progress.end_epoch()
         self.length = self._known_length
+        if self._agreed_to_leave:
+            trainer.preemption.leave()
 
     def _epoch_end_hooks(self) -> None:
         hooks = self.trainer.hooks

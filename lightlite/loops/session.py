@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lightlite.datamodule import LightningDataModule
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import DataHooks, HookTable, is_overridden
+from lightlite.loops.preemption import Preemption
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, configure
 from lightlite.profilers import PassThroughProfiler
@@ -103,7 +104,9 @@ def session(
     trainer.begin(module, source)
     try:
         trainer.connect(ranks)
-        with _own_random_state():
+        listens = fn is TrainerFn.FITTING and not for_trial
+        trainer.preemption = Preemption(trainer)
+        with _own_random_state(), trainer.preemption.listening() if listens else nullcontext():
             _set_up(trainer, module, source, fn, ckpt_path, for_trial)
             yield
             _conclude(trainer, module, fn, for_trial)

@@ -15,6 +15,7 @@ from lightlite.distributed import Ranks
 from lightlite.hooks import HookTable
 from lightlite.loops.evaluate import EvaluationLoop, PredictionLoop
 from lightlite.loops.fit import run_fit
+from lightlite.loops.preemption import Preemption
 from lightlite.loops.session import session
 from lightlite.module import LightningModule
 from lightlite.nest import apply_to_tensors
@@ -65,6 +66,7 @@ def rehearsal(trainer: Trainer, callbacks: Sequence[Callback] = (), **settings: 
         loggers=[],
         profiler=PassThroughProfiler(),
         num_sanity_val_steps=0,
+        preemption=Preemption(trainer),
         resumed_random_states=None,
         resumed_window={},
         resumed_results={},

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lightlite.errors import MisconfigurationException
+from lightlite.errors import MisconfigurationException, SIGTERMException
 
-__all__ = ["MisconfigurationException"]
+__all__ = ["MisconfigurationException", "SIGTERMException"]

@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from lightlite.errors import MisconfigurationException
 from lightlite.launch import echoes, hanging, stacks
 from lightlite.launch import guard as guarding
-from lightlite.launch.ending import SIGNALS, Guard, second_interrupt, signals_raise
+from lightlite.launch.ending import SIGNALS, Guard, passed_on, second_interrupt, signals_raise
 from lightlite.launch.failure import Failure, deadlock, first_cause, memory_kills, read_failure
 from lightlite.launch.logs import RankLogs
 from lightlite.launch.meeting import MEETING_BACKENDS, Meeting, Terms
@@ -39,6 +39,10 @@ PATIENCE = 1.0
 """Seconds for the cause of a failure to show, counted anew while failing ranks are on their way out, …"""
 MOST_PATIENCE = 1.5
 """… but in all no more than these."""
+
+
+SAVING = 120.0
+"""Seconds that ranks get to save, which have said that they will, where the launcher is told to end by SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -242,10 +246,12 @@ class RankAgent(LocalElasticAgent):
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         processes = self._processes()
         if not processes or any(process.poll() != 0 for process in processes.values()):
-            self._end_ranks(death_sig)
+            told_to_end = isinstance(sys.exc_info()[1], SignalException) and death_sig == signal.SIGTERM
+            self._end_ranks(death_sig, patience=SAVING if told_to_end else 0.0)
         self._guard.forget(self._guard.mark, *(process.pid for process in processes.values()))
         for file in self._pcontext.error_files.values() if self._pcontext is not None else ():
-            Path(file).with_name("stack.txt").unlink(missing_ok=True)
+            for sign in ("stack.txt", "saves"):
+                Path(file).with_name(sign).unlink(missing_ok=True)
         super()._shutdown(death_sig, timeout)
 
     def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
@@ -253,13 +259,29 @@ class RankAgent(LocalElasticAgent):
             return {}
         return {local_rank: handler.proc for local_rank, handler in self._pcontext.subprocess_handlers.items()}
 
-    def _end_ranks(self, death_sig: signal.Signals, spare: Iterable[int] = (), hanging_rank: int | None = None) -> None:
+    def _saves(self, local_rank: int) -> bool:
+        """Whether a rank has said that it answers SIGTERM by saving."""
+        return self._pcontext is not None and Path(self._pcontext.error_files[local_rank]).with_name("saves").exists()
+
+    def pass_on(self, number: int) -> None:
+        """Send a signal to the ranks."""
+        for process in self._processes().values():
+            process.send_signal(number)
+
+    def _end_ranks(
+        self,
+        death_sig: signal.Signals,
+        spare: Iterable[int] = (),
+        hanging_rank: int | None = None,
+        patience: float = 0.0,
+    ) -> None:
         """Signal the ranks, wait until they have ended, kill whatever is left of what they started.
 
         Args:
             death_sig: What the ranks get first.
             spare: Pids of ranks that are ending by themselves and only have to be waited for.
             hanging_rank: Pid of the one that would not heed the signal.
+            patience: Seconds that ranks get which have said that they answer the signal by saving.
         """
         processes = self._processes().values()
         with second_interrupt() as hurry:
@@ -268,8 +290,11 @@ class RankAgent(LocalElasticAgent):
                     process.kill()
                 elif process.pid not in spare:
                     process.send_signal(death_sig)
-            deadline = time.monotonic() + self._grace
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            began = time.monotonic()
+            while running := self._running([]):
+                waited = time.monotonic() - began
+                if waited > self._grace and (waited > patience or not any(map(self._saves, running))):
+                    break
                 if hurry.wait(0.02):
                     break
             guarding.end((process.pid for process in processes), [self._guard.mark])
@@ -331,7 +356,8 @@ def _run(launch: Launch, kind: type[RankAgent], stack: contextlib.ExitStack) -> 
     stack.callback(lambda: [os.environ.pop(name) for name in guard.variables])
     handler = _rendezvous(launch)
     agent = kind(_spec(launch, handler), RankLogs(launch.log_dir or folder, launch.output), guard, launch.grace)
-    result = agent.run()
+    with passed_on(signal.SIGUSR1, agent.pass_on):
+        result = agent.run()
     handler.shutdown()
     if result is None or not result.is_failed():
         return 0

@@ -110,7 +110,13 @@ def build_parser(program: str | None = None) -> argparse.ArgumentParser:
 
     failing = parser.add_argument_group("output and failure")
     failing.add_argument("--max-restarts", metavar="N", type=int, default=0, help="start a failed run anew, N times")
-    failing.add_argument("--grace", metavar="SECONDS", type=float, default=3.0, help="from SIGTERM to SIGKILL (3)")
+    failing.add_argument(
+        "--grace",
+        metavar="SECONDS",
+        type=float,
+        default=3.0,
+        help="from SIGTERM to SIGKILL (3; ranks that save get more)",
+    )
     failing.add_argument("--log-dir", metavar="DIR", help="keep the ranks' output there; the next run overwrites it")
     shown = failing.add_mutually_exclusive_group()
     shown.add_argument("--tee", action="store_true", help="show every rank's output, with its rank before each line")

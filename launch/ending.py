@@ -83,6 +83,19 @@ def signals_raise() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def passed_on(number: int, send: Callable[[int], None]) -> Iterator[None]:
+    """Within it a signal is not for this process, but for the ranks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(number, lambda number, _: send(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, former)
+
+
+@contextlib.contextmanager
 def second_interrupt() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets. Signals that come twice, as `timeout` sends them, change nothing meanwhile."""
     hurry = threading.Event()

@@ -456,8 +456,8 @@ class Trainer(Run):
             return newest
         if not isinstance(given, (str, os.PathLike)):
             raise MisconfigurationException(
-                f"Trainer.{fn}(ckpt_path={given!r}) of type {type(given).__name__}; give a path, 'best', 'last', 'auto', "
-                "'hpc' or None"
+                f"Trainer.{fn}(ckpt_path={given!r}) of type {type(given).__name__}; give a path, 'best', 'last', "
+                "'auto', 'hpc' or None"
             )
         path: str = os.fspath(given)
         storage.require(path)

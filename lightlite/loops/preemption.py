@@ -164,12 +164,12 @@ class Preemption:
 
 @contextlib.contextmanager
 def _announced(listening: bool) -> Iterator[None]:
-    """Let a launcher know that this process answers SIGTERM by saving, which may take a while."""
-    folder = os.environ.get("LIGHTLITE_SCRATCH")
-    if not listening or not folder or not os.path.isdir(folder):
+    """Let a launcher know, by a file beside its error file, that this process answers SIGTERM by saving."""
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    if not listening or not error_file.name or not error_file.parent.is_dir():
         yield
         return
-    sign = Path(folder, f"saves-{os.getpid()}")
+    sign = error_file.with_name("saves")
     sign.touch()
     try:
         yield

@@ -363,4 +363,5 @@ class Restorer:
             trainer.strategy.accelerator.set_random_state(states[rank]["device"], trainer.strategy.root_device)
             return
         now = states[0]["now"] if rank == 0 else capture_rng()
-        trainer.resumed_random_states = {**states[0], "now": now}
+        # A generator of the loader's own stands where seeking leaves it: ranks draw ahead, and one process does not.
+        trainer.resumed_random_states = {**states[0], "now": now, "moved": True}

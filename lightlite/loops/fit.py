@@ -389,7 +389,8 @@ class FitLoop:
         if skip and resumed is not None:
             trainer.epoch_random_state = {key: resumed[key] for key in ("epoch", "loader")}
             restore_rng(resumed["now"])
-            loader.load_state_dict(resumed["loader_now"])
+            if not resumed.get("moved"):
+                loader.load_state_dict(resumed["loader_now"])
         trainer.resumed_random_states = None
         if loader.length is None:
             first = next(batches, NO_BATCH)

@@ -16,7 +16,6 @@ from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import ClusterEnvironment
 from lightlite.launch import network
 from lightlite.launch.network import LOOPBACK
-from lightlite.utilities.rank_zero import rank_zero_warn
 
 FIRST_PORT, PORTS = 20000, 10000
 """Range of derived ports: below those that systems hand out to clients."""
@@ -123,20 +122,18 @@ class SlurmEnvironment(ClusterEnvironment):
         )
 
     @staticmethod
-    def requeue() -> None:
+    def requeue() -> str:
         """`scontrol requeue` this job, where it is one of Slurm's: it starts again with the same script."""
         job = os.environ.get("SLURM_JOB_ID")
         if os.environ.get("SLURM_ARRAY_JOB_ID") and os.environ.get("SLURM_ARRAY_TASK_ID"):
             job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         if not job:
-            return
+            return ""
         try:
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=30, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            rank_zero_warn(f"job {job} could not be requeued: {error}")
-            return
-        if done.returncode:
-            rank_zero_warn(f"job {job} could not be requeued: {done.stderr.strip()}")
+            return f"Slurm's job {job} could not be requeued: {error}"
+        return f"Slurm's job {job} could not be requeued: {done.stderr.strip()}" if done.returncode else ""
 
     def ranks(self) -> Ranks:
         """This task's place.

@@ -449,8 +449,13 @@ class ClusterEnvironment(ABC):
         """Set MASTER_ADDR and MASTER_PORT for `torch.distributed`, where the environment calls them otherwise."""
 
     @staticmethod
-    def requeue() -> None:
-        """Have this job started again, where it is one of this environment's. Called on rank zero after SIGUSR1."""
+    def requeue() -> str:
+        """Have this job started again, where it is one of this environment's. Called on rank zero after SIGUSR1.
+
+        Returns:
+            Why that was not possible; empty where it was, or where there is no such job.
+        """
+        return ""
 
 
 class OutputCollector(ABC):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from lightlite import distributed
 from lightlite.errors import SIGTERMException
 from lightlite.registry import EnvironmentRegistry
-from lightlite.utilities.rank_zero import rank_zero_info
+from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from lightlite.trainer import Trainer
@@ -157,7 +157,8 @@ class Preemption:
         )
         if name == "SIGUSR1" and trainer.is_global_zero:
             for environment in EnvironmentRegistry.names():
-                EnvironmentRegistry.get(environment).requeue()
+                if why := EnvironmentRegistry.get(environment).requeue():
+                    rank_zero_warn(why)
         trainer.strategy.barrier("preempted")
         raise SIGTERMException
 

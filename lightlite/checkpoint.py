@@ -7,6 +7,7 @@ data is found again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,22 @@ def _loops(progress: FitProgress) -> dict[str, Any]:
     return {"fit_loop": fit, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
 
 
+SCALERS = ("MixedPrecisionPlugin", "NativeMixedPrecisionPlugin", "native_amp_scaling_state")
+"""Where older Lightning versions keep what is under "MixedPrecision" now."""
+
+
+def _migrate(checkpoint: dict[str, Any]) -> None:
+    """Give what Lightning 1.6 to 2.5 has written the names of 2.6, as far as they are looked for."""
+    for former in SCALERS:
+        if former in checkpoint:
+            checkpoint.setdefault("MixedPrecision", checkpoint.pop(former))
+    if isinstance(checkpoint.get("callbacks"), dict):
+        checkpoint["callbacks"] = {
+            re.sub(r", 'save_on_train_epoch_end': (None|True|False)", "", key) if isinstance(key, str) else key: state
+            for key, state in checkpoint["callbacks"].items()
+        }
+
+
 def progress_from_lightning(checkpoint: Mapping[str, Any], progress: FitProgress) -> None:
     """Read the counters of a checkpoint that Lightning wrote."""
     loop = checkpoint.get("loops", {}).get("fit_loop")
@@ -207,7 +224,9 @@ def progress_from_lightning(checkpoint: Mapping[str, Any], progress: FitProgress
     progress.epoch = epoch["processed"]
     progress.epoch_open = not ended and epoch["started"] > epoch["processed"]
     progress.batches_total = batch["total"]["processed"]
-    progress.batches_that_stepped = loop["epoch_loop.state_dict"].get("_batches_that_stepped", progress.batches_total)
+    progress.batches_that_stepped = loop["epoch_loop.state_dict"].get(
+        "_batches_that_stepped", checkpoint["global_step"]
+    )
     progress.scheduler_steps = loop["epoch_loop.scheduler_progress"]["total"]["completed"]
     progress.last_batch = batch["is_last_batch"]
     if progress.epoch_open:
@@ -244,6 +263,7 @@ class Restorer:
         if checkpoint is None:
             return
         self._check(checkpoint)
+        _migrate(checkpoint)
         for owner in (self._datamodule, self._module):
             if owner is not None and is_overridden("on_load_checkpoint", owner, CheckpointHooks):
                 owner.on_load_checkpoint(checkpoint)

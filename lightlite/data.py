@@ -55,7 +55,9 @@ class _Pass:
         """
         dealt = [loader for loader in loaders if loader._splits_batches]
         with _alike() if dealt else nullcontext():
-            begun = [loader._open(skip, limit) for loader, skip in zip(loaders, skips, strict=True)]
+            begun = [
+                loader._open(skip, limit, (at or {}).get("place")) for loader, skip in zip(loaders, skips, strict=True)
+            ]
         began = capture_rng()
         self.order = (at or {}).get("order")
 
@@ -113,6 +115,9 @@ class RankLoader(_Pass):
                 object.__setattr__(self.loader, "_iterator", None)
                 self.loader.worker_init_fn = WorkerStart(0, loader.worker_init_fn)
         self.length = self._count()
+        # What can tell its place in the stream, if there is such a thing, and the place before the batch drawn last.
+        self._stream = None if self._dealt is not None else _stateful(self.loader)
+        self._place: Any = None
         self.initial_state = self.state_dict()
 
     @property
@@ -205,8 +210,11 @@ class RankLoader(_Pass):
             batches = map(operator.itemgetter(0), zip(batches, indices, strict=False))
         return itertools.chain(first, batches)
 
-    def _open(self, skip: int, limit: int | None) -> Iterator[Any]:
+    def _open(self, skip: int, limit: int | None, place: Any = None) -> Iterator[Any]:
         """Begin a pass. `_draw_beginning` comes next."""
+        if skip and self._stream is not None and place is not None:
+            self._stream.load_state_dict(place)
+            skip = 0
         if skip and self._dealt is None and _is_map_style(self.loader):
             self.draw_by_index()
         stop = None if limit is None else limit * self._draws
@@ -228,7 +236,19 @@ class RankLoader(_Pass):
                 mine = self._beginning = Draw(mine, 1)
             dealt = slices(mine, [], None, self._drops_last, self._rank, self._world) if self._training else mine
             mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
-        return itertools.islice(mine, skip, None) if skip else mine
+        mine = itertools.islice(mine, skip, None) if skip else mine
+        return self._noting_place(mine) if self._stream is not None and self.length is None else mine
+
+    def _noting_place(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Where there is no length, a batch is fetched ahead, and its place is the one before it."""
+        assert self._stream is not None
+        while True:
+            self._place = self._stream.state_dict()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
 
     def _draw_beginning(self) -> None:
         """Draw the order, or its first part, from the random state of this moment."""
@@ -285,7 +305,10 @@ class RankLoader(_Pass):
         """States of the generators that the loader owns, of its workers, and that from which the order was drawn."""
         generators = [generator.get_state() for generator in self._generators()]
         workers = self._dealt.workers if self._dealt is not None else None
-        return {"generators": generators, "workers": workers and workers.state, "order": self.order}
+        state = {"generators": generators, "workers": workers and workers.state, "order": self.order}
+        if self._stream is not None:
+            state["place"] = self._place if self.length is None else self._stream.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Put back what `state_dict` returned."""
@@ -342,6 +365,15 @@ def _is_map_style(loader: Any) -> bool:
 def _is_split_by_user(loader: Any) -> bool:
     samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
     return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+
+
+def _stateful(loader: Any) -> Any:
+    """What knows its place: a loader such as torchdata's StatefulDataLoader, or the dataset that is read right here."""
+    dataset = None if getattr(loader, "num_workers", 0) else getattr(loader, "dataset", None)
+    for holder in (loader, dataset):
+        if all(callable(getattr(holder, name, None)) for name in ("state_dict", "load_state_dict")):
+            return None if holder is dataset and not isinstance(dataset, IterableDataset) else holder
+    return None
 
 
 def check_loader(loader: Any, name: str) -> None:

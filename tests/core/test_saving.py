@@ -18,7 +18,7 @@ from lightlite.callbacks import ModelCheckpoint
 from lightlite.errors import CheckpointError, MisconfigurationException
 from lightlite.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 
-from .models import TRAINING_ALONE, Net, quiet_trainer, regression_loader
+from .models import TRAINING_ALONE, Net, assert_same_bits, quiet_trainer, regression_loader, weights
 
 pytestmark = pytest.mark.filterwarnings(TRAINING_ALONE)
 
@@ -212,3 +212,30 @@ def test_last_steps_over_damaged_checkpoints_and_says_so(tmp_path: Path) -> None
             assert resumed_from(ckpt_path="last") == instead
         if name == "last.ckpt":
             damaged.unlink()
+
+
+@pytest.mark.filterwarnings(TRAINING_ALONE)
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_checkpoints_are_written_to_and_found_at_urls(tmp_path: Path, scheme: str) -> None:
+    folder = f"memory:/{tmp_path}" if scheme == "memory" else f"file://{tmp_path}"
+
+    def trainer(epochs: int) -> pl.Trainer:
+        keeper = ModelCheckpoint(f"{folder}/kept", save_last=True)
+        return quiet_trainer(tmp_path, max_epochs=epochs, callbacks=[keeper], enable_checkpointing=True)
+
+    torch.manual_seed(0)
+    whole = Net()
+    quiet_trainer(tmp_path, max_epochs=3).fit(whole, regression_loader(2))
+    torch.manual_seed(0)
+    first = trainer(1)
+    first.fit(Net(), regression_loader(2))
+    assert first.checkpoint_callback is not None
+    assert str(getattr(first.checkpoint_callback, "last_model_path", "")).endswith("last.ckpt")
+    for ckpt_path in ("last", f"{folder}/kept/last.ckpt"):
+        resumed = Net()
+        again = trainer(3)
+        again.fit(resumed, regression_loader(2), ckpt_path=ckpt_path)
+        assert again.global_step == 6
+        assert_same_bits(weights(resumed), weights(whole))
+    loaded = Net.load_from_checkpoint(f"{folder}/kept/last.ckpt")
+    assert_same_bits(weights(loaded), weights(whole))

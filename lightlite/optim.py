@@ -35,6 +35,7 @@ class LightningOptimizer:
         self.after_closure: Callable[[], None] | None = None
         """Set where gradients are to be shown to hooks or clipped before a step."""
         self.count_step: Callable[[], None] | None = None
+        self.gradients_wait = False  # whether gradients were computed by hand of which no step was made yet
         """Set in manual optimization; in automatic optimization the training step counts."""
         self._unscaled = self._stepped = False
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -67,6 +68,7 @@ class LightningOptimizer:
             result = self._scaled_step(closure, **kwargs)
         else:
             result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(closure, **kwargs)
+        self.gradients_wait = False
         if self.count_step is not None:
             self.count_step()
         return result

@@ -235,6 +235,8 @@ class Run(TrainerFacts):
         with self.profiler.profile("backward"):
             self.lightning_module.backward(loss if scaler is None else scaler.scale(loss), *args, **kwargs)
         self.strategy.sync_gradients(self.lightning_module.parameters())
+        for optimizer in self.wrapped_optimizers:
+            optimizer.gradients_wait = True
         for hook in self.hooks.resolve("on_after_backward"):
             hook()
 

@@ -6,13 +6,13 @@ Whatever can be decided before the first batch is decided in `__init__`; what no
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import HookTable, is_overridden
@@ -130,18 +130,14 @@ class TrainStep:
         """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
         if not self._accumulated:
             return {}
-        parameters = self._module.named_parameters()
-        gradients = {name: parameter.grad.cpu().clone() for name, parameter in parameters if parameter.grad is not None}
-        return {"micro_batch": self._accumulated, "gradients": gradients}
+        return {"micro_batch": self._accumulated, "gradients": _gradients(self._module.named_parameters())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, after `begin_epoch`."""
         if not state:
             return
         self.micro_batch = self._accumulated = state["micro_batch"]
-        for name, parameter in self._module.named_parameters():
-            if name in state["gradients"]:
-                parameter.grad = state["gradients"][name].to(parameter.device, parameter.dtype)
+        _set_gradients(self._module, state["gradients"])
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Train on a batch.
@@ -320,7 +316,7 @@ class ManualStep:
             f"[Strategy]{type(trainer.strategy).__name__}.training_step",
             with_batch_idx(training_step, module.training_step),
         )
-        self._progress = trainer.progress
+        self._module, self._progress = module, trainer.progress
         self._context = trainer.precision_plugin.forward_context() or nullcontext
         self._scaler, self._optimizers = trainer.precision_plugin.scaler, trainer.wrapped_optimizers
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
@@ -336,11 +332,23 @@ class ManualStep:
         """Nothing is kept from batch to batch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: what the user's code keeps is the user's."""
-        return {}
+        """Gradients that no optimizer has made a step of yet, where the user's code accumulates; empty otherwise."""
+        waiting = {
+            id(parameter)
+            for optimizer in self._optimizers
+            if optimizer.gradients_wait
+            for group in optimizer.optimizer.param_groups
+            for parameter in group["params"]
+        }
+        parameters = [(name, value) for name, value in self._module.named_parameters() if id(value) in waiting]
+        gradients = _gradients(parameters)
+        return {"gradients": gradients} if gradients else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Put back what `state_dict` returned."""
+        _set_gradients(self._module, state.get("gradients", {}))
+        for optimizer in self._optimizers:
+            optimizer.gradients_wait = optimizer.gradients_wait or bool(state)
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Run the user's training step; see `TrainStep.__call__`."""
@@ -375,6 +383,16 @@ class ManualStep:
 
     def _count_step(self) -> None:
         self._progress.optimizer_steps += 1
+
+
+def _gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    return {name: parameter.grad.cpu().clone() for name, parameter in parameters if parameter.grad is not None}
+
+
+def _set_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
 
 
 def _refuse_automatic_settings(trainer: Trainer) -> None:

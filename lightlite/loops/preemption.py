@@ -91,6 +91,9 @@ class Preemption:
         return former
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self._agreed.is_set() and self._leave_at == math.inf:  # nobody is left to agree with
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self._signal = number
         self._trainer.received_sigterm = True
         if distributed.world_size() == 1:

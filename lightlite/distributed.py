@@ -153,6 +153,8 @@ def _hear(store: dist.Store, ranks: Ranks) -> None:
 
 _left: list[Any] = []
 _stores = itertools.count()
+STORE_TIMEOUT = timedelta(seconds=30)
+"""How long a question to a store of `store` may take."""
 _variables_set: set[str] = set()
 """What `join` has set of the environment, for `leave` to take away: what the script starts is not of the run."""
 
@@ -244,6 +246,7 @@ def store(name: str) -> dist.Store:
     """
     default: Any = dist.distributed_c10d._get_default_store()
     whole: dist.Store = default.clone()
+    whole.set_timeout(STORE_TIMEOUT)
     return dist.PrefixStore(f"{name}{next(_stores)}", whole)
 
 

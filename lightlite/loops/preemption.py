@@ -51,7 +51,8 @@ class Preemption:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._progress = trainer, trainer.progress
         self.asked = False
-        self._signal: int | None = None
+        self._received: int | None = None  # by this process
+        self._signal: int | None = None  # by any
         self._leave_at = 0.0
         self._agreed = threading.Event()
         self._over = threading.Event()
@@ -76,11 +77,11 @@ class Preemption:
             self._over.set()
             self._wake.set()
             if agent is not None:
-                agent.join()
+                agent.join(0.2)  # it may be waiting for a store that answers no more
             for number, handler in former.items():
                 signal.signal(number, handler)
-            if self._signal is not None and not heeded:
-                signal.raise_signal(self._signal)
+            if self._received is not None and not heeded:
+                signal.raise_signal(self._received)
 
     def _install(self) -> dict[int, signal.Handlers]:
         if threading.current_thread() is not threading.main_thread():
@@ -94,7 +95,7 @@ class Preemption:
         if self._agreed.is_set() and self._leave_at == math.inf:  # nobody is left to agree with
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._signal = number
+        self._signal = self._received = number
         self._trainer.received_sigterm = True
         if distributed.world_size() == 1:
             self.asked = True
@@ -151,7 +152,7 @@ class Preemption:
         """
         trainer = self._trainer
         number = next((number for number in distributed.gather_objects(self._signal) if number), signal.SIGTERM)
-        self._signal = None
+        self._received = None
         path = trainer.save_preempted()
         name = signal.Signals(number).name
         rank_zero_info(

@@ -212,3 +212,22 @@ def test_loader_workers_do_not_heed_the_signal(tmp_path: Path) -> None:
     resumed = Net()
     quiet_trainer(tmp_path).fit(resumed, regression_loader(4), ckpt_path="hpc")
     assert isinstance(resumed, pl.LightningModule)
+
+
+def test_an_interrupted_run_on_ranks_ends_its_helpers_and_nothing_else(tmp_path: Path) -> None:
+    at_the_end = "time.sleep(60 if self.global_rank else 0)"
+    text = script(devices=2, epochs=1, at_the_end=at_the_end).replace("trainer.fit(Model())", FIT_INTERRUPTED)
+    output, errors = run(tmp_path, text).communicate(timeout=60)
+    assert output.endswith("interrupted\n"), errors
+
+
+FIT_INTERRUPTED = """
+import threading
+threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    trainer.fit(Model())
+except KeyboardInterrupt:
+    time.sleep(2)
+    print("interrupted", flush=True)
+    os._exit(0)
+"""

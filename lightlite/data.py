@@ -25,7 +25,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightlite import distributed
 from lightlite.dealing import Column, Cycle, Dealt, Draw, same_rng, slices
 from lightlite.errors import MisconfigurationException
-from lightlite.positions import WorkerPasses, WorkerStart, killable
+from lightlite.positions import WorkerPasses, WorkerStart, endable
 from lightlite.utilities.combined_loader import CombinedLoader, combined_length, draw_together, is_nest, sized_len
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
@@ -223,9 +223,9 @@ class RankLoader(_Pass):
             self._dealt.skip, self._dealt.limit = skip, stop
             if self._dealt.workers is not None:
                 self._dealt.workers.begin()
-            mine: Iterator[Any] = killable(iter(self.loader))
+            mine: Iterator[Any] = endable(iter(self.loader))
             return mine
-        mine = killable(iter(self.loader))
+        mine = endable(iter(self.loader))
         again_and_again = self._passing and self._endless is not None
         if again_and_again:
             mine = itertools.chain(mine, itertools.chain.from_iterable(itertools.repeat(self.loader)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import random
 import signal
 import sys
@@ -9,6 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+END = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGTERM
+"""By which a worker is told to end, for it does not heed SIGTERM."""
 
 AFTERWARDS = -1
 """The place whose random numbers `collate_fn` draws, after a batch's samples."""
@@ -125,19 +131,29 @@ class WorkerStart:
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(END, lambda *_: os._exit(0))
         if self._rank:
             _reseed(hash((torch.initial_seed(), self._rank)))
         if self._init is not None:
             self._init(worker_id)
 
 
-def killable(batches: Any) -> Any:
-    """A DataLoader's iterator whose workers are killed where torch would terminate those that do not end."""
+def endable(batches: Any) -> Any:
+    """A DataLoader's iterator whose workers end by another signal where torch or Python would terminate them."""
     for worker in getattr(batches, "_workers", ()):
         process = getattr(worker, "_popen", None)
         if process is not None:
-            process.terminate = process.kill
+            process.terminate = functools.partial(_end, process)
     return batches
+
+
+def _end(process: Any) -> None:
+    """Ask a worker to end, and kill it where it does not."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.returncode is None:
+            os.kill(process.pid, END)
+    if process.wait(1) is None:
+        process.kill()
 
 
 def _reseed(seed: int) -> None:

@@ -24,8 +24,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightlite import distributed
 from lightlite.dealing import Column, Cycle, Dealt, Draw, same_rng, slices
-from lightlite.errors import MisconfigurationException
+from lightlite.errors import CheckpointError, MisconfigurationException
 from lightlite.positions import WorkerPasses, WorkerStart, endable
+from lightlite.storage import plain
 from lightlite.utilities.combined_loader import CombinedLoader, combined_length, draw_together, is_nest, sized_len
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
@@ -116,8 +117,9 @@ class RankLoader(_Pass):
                 self.loader.worker_init_fn = WorkerStart(0, loader.worker_init_fn)
         self.length = self._count()
         # What can tell its place in the stream, if there is such a thing, and the place before the batch drawn last.
-        self._stream = None if self._dealt is not None else _stateful(self.loader)
+        self._stream = _stateful(self.loader) if training and self._dealt is None else None
         self._place: Any = None
+        self._streams = False
         self.initial_state = self.state_dict()
 
     @property
@@ -226,6 +228,7 @@ class RankLoader(_Pass):
             mine: Iterator[Any] = endable(iter(self.loader))
             return mine
         mine = endable(iter(self.loader))
+        self._streams = self._stream is not None
         again_and_again = self._passing and self._endless is not None
         if again_and_again:
             mine = itertools.chain(mine, itertools.chain.from_iterable(itertools.repeat(self.loader)))
@@ -241,9 +244,8 @@ class RankLoader(_Pass):
 
     def _noting_place(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Where there is no length, a batch is fetched ahead, and its place is the one before it."""
-        assert self._stream is not None
         while True:
-            self._place = self._stream.state_dict()
+            self._place = None if self._stream is None else self._stream.state_dict()
             try:
                 batch = next(batches)
             except StopIteration:
@@ -306,8 +308,12 @@ class RankLoader(_Pass):
         generators = [generator.get_state() for generator in self._generators()]
         workers = self._dealt.workers if self._dealt is not None else None
         state = {"generators": generators, "workers": workers and workers.state, "order": self.order}
-        if self._stream is not None:
-            state["place"] = self._place if self.length is None else self._stream.state_dict()
+        if self._streams:  # not earlier, for to be asked may begin a pass
+            assert self._stream is not None
+            place = _keepable(self._place if self.length is None else self._stream.state_dict(), self.source)
+            if place is None:
+                self._stream, self._streams = None, False
+            state["place"] = place
         return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -374,6 +380,18 @@ def _stateful(loader: Any) -> Any:
         if all(callable(getattr(holder, name, None)) for name in ("state_dict", "load_state_dict")):
             return None if holder is dataset and not isinstance(dataset, IterableDataset) else holder
     return None
+
+
+def _keepable(place: Any, loader: Any) -> Any:
+    """A place, if a checkpoint can hold it; None where it cannot, so that a resumed run goes through the stream."""
+    try:
+        return plain(place)
+    except CheckpointError as error:
+        rank_zero_warn(
+            f"the state_dict of {type(loader).__name__}, or of its dataset, is not kept in checkpoints: {error}. A "
+            "resumed run goes through what comes before its place"
+        )
+        return None
 
 
 def check_loader(loader: Any, name: str) -> None:

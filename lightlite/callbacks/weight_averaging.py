@@ -153,7 +153,9 @@ class WeightAveraging(Callback):
             checkpoint["state_dict"] = self._average().module.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the weights that are trained, and the average."""
+        """Within fit, take the weights that are trained, and the average; the average is what else is evaluated."""
+        if trainer.state.fn != "fit":
+            return
         self._asked_step = checkpoint["global_step"]
         if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
             averaged = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}

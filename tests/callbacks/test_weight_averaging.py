@@ -104,6 +104,18 @@ def test_a_resumed_fit_ends_as_if_it_had_not_been_interrupted(tmp_path: Path, se
     assert_same_bits(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_average_of_a_checkpoint_is_what_is_evaluated(tmp_path: Path, seeded: int, same: bool) -> None:
+    trainer = fit(tmp_path, NormNet(), EMAWeightAveraging(decay=0.8), ModelCheckpoint(tmp_path, save_top_k=-1))
+    path, net = tmp_path / "epoch=1-step=6.ckpt", NormNet()
+    if not same:
+        trainer = quiet_trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.8)])
+    trainer.validate(net, regression_loader(2, 4), ckpt_path=path, verbose=False)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert_same_bits(net.validated[0], saved)
+    assert_same_bits(weights(net), saved)
+
+
 def test_a_checkpoint_written_after_the_fit_goes_on_exactly(tmp_path: Path, seeded: int) -> None:
     whole, net, resumed = NormNet(), NormNet(), NormNet()
     net.load_state_dict(whole.state_dict())

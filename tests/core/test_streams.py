@@ -89,3 +89,42 @@ def test_a_resumed_run_goes_on_at_the_place(tmp_path: Path, data: type[Stream], 
         assert_same_bits(weights(resumed), weights(whole))
         if not workers:
             assert len(stream.drawn) == 2 * (16 - step)
+
+
+class Odd(Stream):
+    """Its state is nothing that a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "who": object()}
+
+
+def test_a_state_that_cannot_be_kept_is_told_and_the_stream_gone_through(tmp_path: Path) -> None:
+    path = tmp_path / "step=3.ckpt"
+    keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    whole, trainer = Model(), quiet_trainer(tmp_path, callbacks=[keeper], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"state_dict of DataLoader.*is not kept in checkpoints.*of type object"):
+        trainer.fit(whole, plain_loader(Odd(), 0))
+    resumed, stream = Model(), Odd()
+    keeper = ModelCheckpoint(tmp_path / "again", every_n_train_steps=3, save_top_k=0)
+    trainer = quiet_trainer(tmp_path, callbacks=[keeper], enable_checkpointing=True)
+    trainer.fit(resumed, plain_loader(stream, 0), ckpt_path=path)
+    assert resumed.batches == whole.batches[3:]
+    assert len(stream.drawn) == 16
+
+
+def test_a_loader_is_not_asked_for_its_state_before_it_is_iterated(tmp_path: Path) -> None:
+    class Loader:
+        iterated = False
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.iterated = True
+            return iter([torch.ones(1, 1)] * 2)
+
+        def state_dict(self) -> dict[str, int]:
+            assert self.iterated
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise AssertionError
+
+    quiet_trainer(tmp_path).fit(Model(), Loader())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightlite.loggers.events import EventFiles
 from lightlite.loggers.logger import (
     PathLike,
     VersionedLogger,
@@ -66,6 +67,7 @@ class TensorBoardLogger(VersionedLogger):
         self._default_hp_metric = default_hp_metric
         self._writer_arguments = kwargs
         self._experiment: SummaryWriter | None = None
+        self._events: EventFiles | None = None
         self.hparams: dict[str, Any] = {}
 
     @property
@@ -175,6 +177,27 @@ class TensorBoardLogger(VersionedLogger):
         if self.hparams and not files.exists(path):
             files.make_folder(self.log_dir)
             write_hparams(path, self.hparams)
+
+    def position(self) -> dict[str, Any] | None:
+        """The folder, and how many events are in it; None where it is a remote one."""
+        if files.is_remote(self.log_dir):
+            return None
+        self.save()
+        return {"folder": self.log_dir, "events": self._event_files().count()}
+
+    def go_back(self, position: dict[str, Any]) -> None:
+        """Drop the events after `position`, if it is one of this version's folder; see `EventFiles.cut`."""
+        if position["folder"] != self.log_dir:
+            return
+        if self._experiment is not None:
+            self._experiment.close()
+            self._experiment = None
+        self._event_files().cut(position["events"])
+
+    def _event_files(self) -> EventFiles:
+        if self._events is None:
+            self._events = EventFiles(self.log_dir)
+        return self._events
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import lightlite as pl
 from lightlite.callbacks import ModelCheckpoint
-from lightlite.loggers import CSVLogger
+from lightlite.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from .models import Net, quiet_trainer, regression_loader
 
@@ -42,7 +42,7 @@ class Logging(Net):
         self.log("val_loss", self.loss(batch))
 
 
-def fit(folder: Path, devices: int = 1, **options: Any) -> pl.Trainer:
+def fit(folder: Path, devices: int = 1, logger: Logger | None = None, **options: Any) -> pl.Trainer:
     pl.seed_everything(3)
     trainer = quiet_trainer(
         folder,
@@ -50,7 +50,7 @@ def fit(folder: Path, devices: int = 1, **options: Any) -> pl.Trainer:
         max_epochs=3,
         log_every_n_steps=2,
         val_check_interval=3,
-        logger=CSVLogger(folder, name="", version="log"),
+        logger=logger or CSVLogger(folder, name="", version="log"),
         enable_checkpointing=True,
         callbacks=[
             ModelCheckpoint(folder / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}"),
@@ -102,3 +102,46 @@ def test_a_log_elsewhere_is_left_alone(tmp_path: Path) -> None:
         trainer.fit(Logging(), regression_loader(5), regression_loader(2), ckpt_path=tmp_path / "steps" / "step=3.ckpt")
     assert (tmp_path / "log" / "metrics.csv").read_text() == rows
     assert torch.isfinite(trainer.callback_metrics["loss"])
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_a_resumed_run_as_the_whole_one(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    def logger() -> TensorBoardLogger:
+        return TensorBoardLogger(tmp_path, name="", version="board")
+
+    fit(tmp_path, logger=logger())
+    expected = tensorboard_scalars(tmp_path / "board")
+    assert [step for step, _ in expected["loss_step"]] == [1, 3, 5, 7, 9, 11, 13]
+    for path in ("steps/step=3.ckpt", "epochs/epoch=1.ckpt", "steps/step=14.ckpt", "steps/step=1.ckpt"):
+        fit(tmp_path, logger=logger(), ckpt_path=tmp_path / path)
+        assert tensorboard_scalars(tmp_path / "board") == expected, path
+
+
+def test_what_tensorboard_showed_after_the_checkpoint_is_kept_under_a_name_it_does_not_read(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    first = TensorBoardLogger(tmp_path, name="", version="board")
+    first.log_metrics({"loss": 1.0, "pair": {"a": 1.0}}, step=1)
+    position = first.position()
+    first.log_metrics({"loss": 2.0, "pair": {"a": 2.0}}, step=2)
+    first.finalize("failed")
+    (whole,) = (tmp_path / "board").glob("events.*")
+    content = whole.read_bytes()
+
+    second = TensorBoardLogger(tmp_path, name="", version="board")
+    second.log_metrics({"loss": 9.0}, step=9)
+    second.go_back(position)
+    assert tensorboard_scalars(tmp_path / "board") == {"loss": [(1, 1.0)]}
+    assert tensorboard_scalars(tmp_path / "board" / "pair_a") == {"pair": [(1, 1.0)]}
+    assert whole.with_name(whole.name.replace("tfevents", "bak")).read_bytes() == content
+    other = TensorBoardLogger(tmp_path, name="", version="other")
+    other.go_back(position)
+    assert tensorboard_scalars(tmp_path / "board") == {"loss": [(1, 1.0)]}

@@ -1,42 +1,59 @@
-"""What a training step costs beside the model: lightlite's `fit` against the loop one would write by hand.
+"""What a batch costs beside the model: lightlite's loops against those one would write by hand, and other trainers'.
 
 The model is so small, Linear(32, 2) on batches of 8, that a step is mostly the loop around it. All variants
 run in turns in one process (A B C A B C ...), so that a machine that slows down slows all of them down. The
-clock is read twice per fit, by the iterable that hands out the batches: before the first timed one and after
-the last. Set-up, warm-up and the end of a fit are outside of it.
+clock is read twice per call, by the iterable that hands out the batches: before the first timed one and after
+the last. Set-up, warm-up and the end of a call are outside of it.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --peers --json overhead.json
+    python benchmarks/overhead.py --rivals --json overhead.json --plot overhead.png
+    python benchmarks/overhead.py --sweep --plot sweep.png
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import importlib
-import importlib.util
-import json
 import logging
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import (
+    Bar,
+    Figures,
+    Variant,
+    compare,
+    describe_machine,
+    draw,
+    in_turns,
+    installed_rivals,
+    make_parser,
+    paint_rows,
+    positive,
+    print_bars,
+    print_machine,
+    print_table,
+    write_json,
+)
 from torch import Tensor, nn
 
 FEATURES, CLASSES, BATCH_SIZE, LEARNING_RATE = 32, 2, 8, 0.01
-BARS = {"lightlite": 1.10, "lightlite, one log": 1.20}
+ACCUMULATE, CLIP = 4, 1.0
+BY_HAND = "by hand"
+RATIOS = {"lightlite": 1.07, "lightlite, 1 log": 1.15, "lightlite, everything on": 1.30}
 """The most that a variant's median may be, as a multiple of the hand-written loop's."""
+MORE = {"validate": 5.0, "predict": 5.0}
+"""The most that a batch may cost beyond the hand-written loop's, in microseconds."""
+SWEEP = {"logged values": (0, 1, 2, 5, 10, 20), "callbacks": (0, 1, 2, 5, 10, 20, 40)}
+EPOCHS = (1, 4, 16, 64, 256)
 
 
 class TimedBatches:
@@ -57,7 +74,8 @@ class TimedBatches:
             )
             for _ in range(warmup + steps + self.COOLDOWN)
         ]
-        self.warmup, self.timed, self.cooldown = (
+        self.steps = steps
+        self._before, self._timed, self._after = (
             batches[:warmup],
             batches[warmup : warmup + steps],
             batches[warmup + steps :],
@@ -65,28 +83,35 @@ class TimedBatches:
         self._seconds: tuple[float, float] | None = None
 
     def __len__(self) -> int:
-        return len(self.warmup) + len(self.timed) + len(self.cooldown)
+        return len(self._before) + len(self._timed) + len(self._after)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self.warmup
+        yield from self._before
         wall, cpu = time.perf_counter(), time.process_time()
-        yield from self.timed
+        yield from self._timed
         self._seconds = time.perf_counter() - wall, time.process_time() - cpu
-        yield from self.cooldown
+        yield from self._after
 
-    def take_seconds(self) -> tuple[float, float]:
-        """Wall and CPU time of the last pass's timed steps; a pass is read once, so no figure can be a stale one."""
+    def take(self) -> dict[str, float]:
+        """Microseconds a step of the last pass; a pass is read once, so no figure can be a stale one."""
         seconds, self._seconds = self._seconds, None
         if seconds is None:
             raise RuntimeError("the batches were not all used, so there is no time to report")
-        return seconds
+        return {"wall": seconds[0] / self.steps * 1e6, "cpu": seconds[1] / self.steps * 1e6}
+
+
+Program = Callable[[TimedBatches], object]
+
+
+def model_by_hand() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(FEATURES, CLASSES)
+    return model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
 
 def train_by_hand(batches: TimedBatches) -> None:
-    """The loop that every ratio refers to."""
-    torch.manual_seed(0)
-    model = nn.Linear(FEATURES, CLASSES)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    """The loop that every ratio of training refers to."""
+    model, optimizer = model_by_hand()
     for x, y in batches:
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
@@ -94,188 +119,354 @@ def train_by_hand(batches: TimedBatches) -> None:
         optimizer.step()
 
 
-def trainer_variant(package: str, log: bool) -> Callable[[TimedBatches], None]:
-    """The same training by `package`'s Trainer, without bar, logger, checkpoints and summary.
+def accumulate_by_hand(batches: TimedBatches) -> None:
+    model, optimizer = model_by_hand()
+    for index, (x, y) in enumerate(batches):
+        loss = F.cross_entropy(model(x), y) / ACCUMULATE
+        loss.backward()
+        if index % ACCUMULATE == ACCUMULATE - 1:
+            optimizer.step()
+            optimizer.zero_grad()
 
-    Args:
-        package: "lightlite" or "pytorch_lightning"; the program is the same for both.
-        log: Whether the training step logs its loss.
-    """
-    pl = importlib.import_module(package)
 
-    class Bare(pl.LightningModule):  # type: ignore[name-defined,misc]
+def clip_by_hand(batches: TimedBatches) -> None:
+    model, optimizer = model_by_hand()
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+
+def validate_by_hand(batches: TimedBatches) -> None:
+    model, _ = model_by_hand()
+    model.eval()
+    with torch.inference_mode():
+        for x, _ in batches:
+            model(x)
+
+
+def predict_by_hand(batches: TimedBatches) -> list[Tensor]:
+    model, _ = model_by_hand()
+    model.eval()
+    outputs = []
+    with torch.inference_mode():
+        for x, _ in batches:
+            outputs.append(model(x))
+    return outputs
+
+
+def make_module(pl: Any, logs: int) -> Any:
+    """The same LightningModule of whichever package; `logs` values are logged in a training step."""
+
+    class Net(pl.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(FEATURES, CLASSES)
+
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            self.layer(batch[0])
+
+        def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return self.layer(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             x, y = batch
             return F.cross_entropy(self.layer(x), y)
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
+    class Logging(Net):
+        names = [f"value_{index}" for index in range(logs)]
 
-    class Logging(Bare):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             x, y = batch
             loss = F.cross_entropy(self.layer(x), y)
-            self.log("loss", loss)
+            for name in self.names:
+                self.log(name, loss)
             return loss
 
+    class LoggingBoth(Net):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            loss = F.cross_entropy(self.layer(x), y)
+            self.log("loss", loss, prog_bar=True)
+            self.log("again", loss)
+            return loss
+
+    torch.manual_seed(0)
+    return Net() if logs == 0 else LoggingBoth() if logs == -1 else Logging()
+
+
+def make_callbacks(pl: Any, count: int) -> list[Any]:
+    class Counts(pl.Callback):  # type: ignore[misc]
+        """What callbacks do at least: something, at a batch's start and at its end."""
+
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.seen += 1
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.seen += 1
+
+    return [Counts() for _ in range(count)]
+
+
+def trainer_of(package: str, **options: Any) -> Any:
+    """A Trainer of either package with everything that can be left out left out."""
+    bare = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return importlib.import_module(package).Trainer(**{**bare, **options})
+
+
+def fit(package: str, logs: int = 0, callbacks: int = 0, **options: Any) -> Program:
+    """A training by `package`'s Trainer."""
+    pl = importlib.import_module(package)
+
     def train(batches: TimedBatches) -> None:
-        torch.manual_seed(0)
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Logging() if log else Bare(), batches)
+        trainer_of(package, callbacks=make_callbacks(pl, callbacks), **options).fit(make_module(pl, logs), batches)
 
     return train
 
 
-def make_variants(peers: bool) -> dict[str, Callable[[TimedBatches], None]]:
-    """What is measured, by the name it has in the table; the first is what the others are compared with."""
-    variants = {
-        "by hand": train_by_hand,
-        "lightlite": trainer_variant("lightlite", log=False),
-        "lightlite, one log": trainer_variant("lightlite", log=True),
-    }
-    if peers:
-        if importlib.util.find_spec("pytorch_lightning") is None:
-            sys.exit("--peers needs pytorch-lightning: pip install 'lightlite[bench]'")
-        variants["pytorch-lightning"] = trainer_variant("pytorch_lightning", log=False)
-        variants["pytorch-lightning, one log"] = trainer_variant("pytorch_lightning", log=True)
-    return variants
+def fit_with_everything(package: str) -> Program:
+    """What many people's training has: bar, two loggers, a checkpoint per epoch, three callbacks, two logged values."""
+    pl = importlib.import_module(package)
+    loggers = importlib.import_module(f"{package}.loggers")
+    callbacks = importlib.import_module(f"{package}.callbacks")
+
+    def train(batches: TimedBatches) -> None:
+        with tempfile.TemporaryDirectory() as folder, terminal():
+            trainer = trainer_of(
+                package,
+                logger=[loggers.CSVLogger(folder), loggers.TensorBoardLogger(folder)],
+                callbacks=[callbacks.ModelCheckpoint(every_n_epochs=1), *make_callbacks(pl, 3)],
+                enable_checkpointing=True,
+                enable_progress_bar=True,
+                enable_model_summary=True,
+                default_root_dir=folder,
+            )
+            trainer.fit(make_module(pl, -1), batches)
+
+    return train
 
 
-def measure(
-    variants: dict[str, Callable[[TimedBatches], None]], rounds: int, warmup: int, steps: int
-) -> dict[str, dict[str, list[float]]]:
-    """Microseconds per step of every variant, "wall" and "cpu", one figure of each a round."""
-    batches = TimedBatches(warmup, steps)
-    for train in variants.values():  # imports, caches and the allocator's first growth belong to nobody's figures
-        train(batches)
-        batches.take_seconds()
-    costs: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in variants}
-    for done in range(rounds):
-        for name, train in variants.items():
-            gc.collect()
-            train(batches)
-            for clock, seconds in zip(("wall", "cpu"), batches.take_seconds(), strict=True):
-                costs[name][clock].append(seconds / steps * 1e6)
-        if sys.stderr.isatty():
-            print(f"\rround {done + 1} of {rounds}", end="" if done + 1 < rounds else "\r\033[K", file=sys.stderr)
-    return costs
+@contextmanager
+def terminal() -> Iterator[None]:
+    """Output goes to a terminal of 100 columns that nobody sees: a bar is drawn as for a person."""
+    sys.stdout.flush(), sys.stderr.flush()
+    before = os.dup(1), os.dup(2)
+    master, slave = os.openpty()
+    with subprocess.Popen(["cat"], stdin=master, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as reader:
+        os.close(master)
+        os.dup2(slave, 1), os.dup2(slave, 2)
+        os.close(slave)
+        columns = os.environ.get("COLUMNS")
+        os.environ["COLUMNS"] = "100"
+        try:
+            yield
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            for number, kept in zip((1, 2), before, strict=True):
+                os.dup2(kept, number)
+                os.close(kept)
+            if columns is None:
+                del os.environ["COLUMNS"]
+            reader.terminate()
 
 
-def summarize(costs: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Minimum, median and maximum by the wall clock, and the medians as multiples of the first variant's."""
-    reference = {clock: statistics.median(figures) for clock, figures in next(iter(costs.values())).items()}
+def validate(package: str) -> Program:
+    pl = importlib.import_module(package)
+    return lambda batches: trainer_of(package).validate(make_module(pl, 0), batches, verbose=False)
+
+
+def predict(package: str) -> Program:
+    pl = importlib.import_module(package)
+    return lambda batches: trainer_of(package).predict(make_module(pl, 0), batches)
+
+
+def train_with_accelerate(batches: TimedBatches) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(*model_by_hand())
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+
+
+def train_with_ignite(batches: TimedBatches) -> None:
+    from ignite.engine import create_supervised_trainer
+
+    model, optimizer = model_by_hand()
+    create_supervised_trainer(model, optimizer, F.cross_entropy).run(batches, max_epochs=1)
+
+
+def make_programs(rivals: list[str]) -> dict[str, dict[str, Program]]:
+    """What is measured: by kind, and by the name it has in the table. The first of a kind is the hand-written loop."""
+    packages = ["lightlite", *(["pytorch_lightning"] if "pytorch-lightning" in rivals else [])]
+    named = {package: package.replace("_", "-") for package in packages}
+    train: dict[str, Program] = {BY_HAND: train_by_hand, "lightlite": fit("lightlite")}
+    train |= {f"lightlite, {count} log{'s' * (count > 1)}": fit("lightlite", logs=count) for count in (1, 5)}
+    train |= {f"lightlite, {count} callbacks": fit("lightlite", callbacks=count) for count in (5, 20)}
+    train["lightlite, everything on"] = fit_with_everything("lightlite")
+    if "pytorch-lightning" in rivals:
+        train["pytorch-lightning"] = fit("pytorch_lightning")
+        train["pytorch-lightning, 1 log"] = fit("pytorch_lightning", logs=1)
+        train["pytorch-lightning, everything on"] = fit_with_everything("pytorch_lightning")
+    if "accelerate" in rivals:
+        train["accelerate"] = train_with_accelerate
+    if "pytorch-ignite" in rivals:
+        train["pytorch-ignite"] = train_with_ignite
     return {
-        name: {
-            "min": min(figures["wall"]),
-            "median": statistics.median(figures["wall"]),
-            "max": max(figures["wall"]),
-            "ratio": statistics.median(figures["wall"]) / reference["wall"],
-            "cpu_median": statistics.median(figures["cpu"]),
-            "cpu_ratio": statistics.median(figures["cpu"]) / reference["cpu"],
-        }
-        for name, figures in costs.items()
+        "train": train,
+        f"accumulate {ACCUMULATE}": {
+            BY_HAND: accumulate_by_hand,
+            **{named[package]: fit(package, accumulate_grad_batches=ACCUMULATE) for package in packages},
+        },
+        "clip": {
+            BY_HAND: clip_by_hand,
+            **{named[package]: fit(package, gradient_clip_val=CLIP) for package in packages},
+        },
+        "validate": {BY_HAND: validate_by_hand, **{named[package]: validate(package) for package in packages}},
+        "predict": {BY_HAND: predict_by_hand, **{named[package]: predict(package) for package in packages}},
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """Enough to judge the figures by."""
-    packages = {}
-    for name in ("torch", "lightlite", "pytorch-lightning"):
-        if importlib.util.find_spec(name.replace("-", "_")) is not None:
-            packages[name] = version(name)
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "threads": torch.get_num_threads(),
-    }
+def timed(program: Program, batches: TimedBatches) -> Variant:
+    """The program as something that measures itself."""
+
+    def measure() -> dict[str, float]:
+        program(batches)
+        return batches.take()
+
+    return measure
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        query = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return platform.processor() or platform.machine()
+def bars_of(kind: str, figures: Figures) -> list[Bar]:
+    """What is held of one kind."""
+    rows = compare(figures, "wall")
+    if kind == "train":
+        return [Bar(f"{name}, to {BY_HAND}", rows[name].ratio, bound) for name, bound in RATIOS.items()]
+    if kind in MORE:
+        more = rows["lightlite"].median - rows[BY_HAND].median
+        return [Bar(f"{kind}, per batch over {BY_HAND}", more, MORE[kind], "us")]
+    return []
 
 
-def report(summary: dict[str, dict[str, float]]) -> bool:
-    """Print the table and whether the bars hold; returns the latter."""
-    print(f"\n{'microseconds per step':<28}{'min':>9}{'median':>9}{'max':>9}{'ratio':>8}{'CPU time':>12}{'ratio':>8}")
-    for name, row in summary.items():
-        wall = f"{row['min']:9.1f}{row['median']:9.1f}{row['max']:9.1f}{row['ratio']:8.2f}"
-        print(f"{name:<28}{wall}{row['cpu_median']:12.1f}{row['cpu_ratio']:8.2f}")
-    print()
-    held = True
-    for name, bar in BARS.items():
-        ratio, holds = summary[name]["ratio"], summary[name]["ratio"] <= bar
-        held = held and holds
-        print(f"{name}: {ratio:.3f} times the hand-written loop, {'within' if holds else 'OVER'} {bar:.2f}")
-    return held
+def sweep(batches: TimedBatches, rounds: int) -> dict[str, dict[int, list[float]]]:
+    """Microseconds a step over a range of logged values and callbacks, and an epoch over a range of epochs."""
+    programs: dict[tuple[str, int], Variant] = {}
+    for count in SWEEP["logged values"]:
+        programs["logged values", count] = timed(fit("lightlite", logs=count), batches)
+    for count in SWEEP["callbacks"]:
+        programs["callbacks", count] = timed(fit("lightlite", callbacks=count), batches)
+    for count in EPOCHS:
+        programs["epochs", count] = epochs(count)
+    figures = in_turns({f"{kind}, {count}": measure for (kind, count), measure in programs.items()}, rounds)
+    found: dict[str, dict[int, list[float]]] = {}
+    for kind, count in programs:
+        found.setdefault(kind, {})[count] = figures[f"{kind}, {count}"]["wall"]
+    return found
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--rounds", type=int, default=60, help="turns that every variant gets (default: 60)")
-    parser.add_argument("--steps", type=int, default=1000, help="timed steps per turn (default: 1000)")
-    parser.add_argument(
-        "--warmup", type=int, default=100, help="steps before the clock starts, per turn (default: 100)"
-    )
-    parser.add_argument("--peers", action="store_true", help="measure pytorch-lightning too, which must be installed")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure and the machine's description")
-    parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where a bar does not hold")
-    arguments = parser.parse_args()
-    if min(arguments.rounds, arguments.steps) < 1 or arguments.warmup < 0:
-        parser.error("--rounds and --steps must be at least 1, --warmup at least 0")
-    return arguments
+def epochs(count: int) -> Variant:
+    """Microseconds an epoch of 10 batches, from the first batch to the end of the fit."""
+    batches = list(TimedBatches(0, 10))[:10]
+
+    class Clock(importlib.import_module("lightlite").Callback):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.seconds = time.perf_counter() - self.start
+
+    def measure() -> dict[str, float]:
+        clock = Clock()
+        trainer_of("lightlite", max_epochs=count, callbacks=[clock]).fit(
+            make_module(importlib.import_module("lightlite"), 1), batches
+        )
+        return {"wall": clock.seconds / count * 1e6}
+
+    return measure
+
+
+def report_sweep(found: dict[str, dict[int, list[float]]]) -> None:
+    """A line a point: the median, and what each further one costs over the point before."""
+    for kind, points in found.items():
+        print(f"\n{kind:<16}{'us':>10}{'each further':>14}")
+        before = None
+        for count, values in points.items():
+            middle = sorted(values)[len(values) // 2]
+            each = "" if before is None or kind == "epochs" else f"{(middle - before[1]) / (count - before[0]):14.2f}"
+            print(f"{count:<16}{middle:10.1f}{each}")
+            before = count, middle
+
+
+def paint_sweep(axes: list[Any], found: dict[str, dict[int, list[float]]]) -> None:
+    for one, (kind, points) in zip(axes, found.items(), strict=True):
+        medians = [sorted(values)[len(values) // 2] for values in points.values()]
+        one.plot(list(points), medians, marker="o")
+        one.set_xlabel(kind)
+        one.set_ylabel("microseconds per epoch" if kind == "epochs" else "microseconds per step")
+        one.set_ylim(bottom=0)
+        if kind == "epochs":
+            one.set_xscale("log")
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    parser = make_parser(__doc__, rounds=40)
+    parser.add_argument("--steps", type=positive, default=1000, help="timed batches per turn (default: 1000)")
+    parser.add_argument("--warmup", type=int, default=100, help="batches before the clock starts (default: 100)")
+    parser.add_argument("--rivals", action="store_true", help="measure the other trainers that are installed, too")
+    parser.add_argument("--only", metavar="KIND", help="one kind: train, accumulate, clip, validate, predict")
+    parser.add_argument("--sweep", action="store_true", help="instead: how cost grows with logs, callbacks, epochs")
+    arguments = parser.parse_args()
     logging.disable(logging.INFO)  # what the trainers say of themselves, once per fit
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     machine = describe_machine()
-    print(
-        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average'][0]:.1f}; {machine['system']}"
-    )
-    print(f"Python {machine['python']}, " + ", ".join(f"{name} {v}" for name, v in machine["packages"].items()))
-    print(
-        f"Linear({FEATURES}, {CLASSES}), batch {BATCH_SIZE}, SGD, {machine['threads']} thread; "
-        f"{arguments.rounds} rounds in turns, {arguments.steps} steps each"
-    )
-    where_to_write = arguments.json.resolve() if arguments.json else None
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        costs = measure(make_variants(arguments.peers), arguments.rounds, arguments.warmup, arguments.steps)
-        os.chdir("/")
-    summary = summarize(costs)
-    held = report(summary)
-    if where_to_write is not None:
-        settings = {"rounds": arguments.rounds, "steps": arguments.steps, "warmup": arguments.warmup}
-        content = {"machine": machine, "settings": settings, "summary": summary, "microseconds_per_step": costs}
-        where_to_write.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print_machine(machine)
+    print(f"Linear({FEATURES}, {CLASSES}), batch {BATCH_SIZE}, SGD, 1 thread; {arguments.rounds} rounds in turns, "
+          f"{arguments.steps} batches each")  # fmt: skip
+    batches = TimedBatches(arguments.warmup, arguments.steps)
+    if arguments.sweep:
+        found = sweep(batches, arguments.rounds)
+        report_sweep(found)
+        write_json(arguments.json, machine, arguments, microseconds=found)
+        draw(arguments.plot, lambda axes: paint_sweep(axes, found), columns=len(found))
+        return 0
+    everything: dict[str, Figures] = {}
+    bars: list[Bar] = []
+    for kind, programs in make_programs(installed_rivals() if arguments.rivals else []).items():
+        if arguments.only and not kind.startswith(arguments.only):
+            continue
+        figures = in_turns({name: timed(program, batches) for name, program in programs.items()}, arguments.rounds)
+        print_table(f"{kind}, us per batch", compare(figures, "wall"))
+        print_table(f"{kind}, by CPU time", compare(figures, "cpu"))
+        everything[kind] = figures
+        bars += bars_of(kind, figures)
+    held = print_bars(bars)
+    write_json(arguments.json, machine, arguments, microseconds=everything, bars=bars)
+
+    def paint(axes: Any) -> None:
+        for one, (kind, figures) in zip(axes if len(everything) > 1 else [axes], everything.items(), strict=True):
+            paint_rows(one, f"{kind}: microseconds per batch", compare(figures, "wall"))
+
+    draw(arguments.plot, paint, columns=len(everything))
     return 1 if arguments.strict and not held else 0
 
 

@@ -228,41 +228,53 @@ class HookTable:
 
     def of_callbacks(self, name: str, monitoring: bool | None = None) -> tuple[Hook, ...]:
         """What callbacks wrote for `name`; with `monitoring`, only those that (do not) monitor a logged value."""
-        return tuple(
-            self._named(
-                name,
-                functools.partial(getattr(callback, name), self._trainer, self._module),
-                label,
-            )
-            for callback, label in zip(self._callbacks, self._labels, strict=True)
-            if is_overridden(name, callback, self._callback_base)
-            and (monitoring is None or monitoring == hasattr(callback, "monitor"))
-        )
+        return tuple(self._named(name, (function,)) for function in self._callbacks_own(name, monitoring))
 
     def of_module(self, name: str) -> tuple[Hook, ...]:
         """What the module wrote for `name`: one function or none."""
-        if not is_overridden(name, self._module, self._module_base):
-            return ()
-        return (self._named(name, getattr(self._module, name), f"[LightningModule]{type(self._module).__name__}"),)
+        return tuple(self._named(name, (function,)) for function in self._modules_own(name))
 
     def resolve(self, name: str) -> tuple[Hook, ...]:
         """Everything that was written for `name`, in calling order."""
         return self.of_callbacks(name) + self.of_module(name)
+
+    def together(self, name: str) -> Hook | None:
+        """Everything that was written for `name` as one function, which returns what the last one does; or None."""
+        functions = self._callbacks_own(name) + self._modules_own(name)
+        return self._named(name, functions) if functions else None
 
     def call(self, name: str, *args: Any) -> None:
         """Call everything that was written for `name`: for hooks outside the batch loops."""
         for hook in self.resolve(name):
             hook(*args)
 
-    def _named(self, name: str, function: Hook, owner: str) -> Hook:
+    def _callbacks_own(self, name: str, monitoring: bool | None = None) -> tuple[Hook, ...]:
+        return tuple(
+            self._profiler.wrap(
+                f"{label}.{name}", functools.partial(getattr(callback, name), self._trainer, self._module)
+            )
+            for callback, label in zip(self._callbacks, self._labels, strict=True)
+            if is_overridden(name, callback, self._callback_base)
+            and (monitoring is None or monitoring == hasattr(callback, "monitor"))
+        )
+
+    def _modules_own(self, name: str) -> tuple[Hook, ...]:
+        if not is_overridden(name, self._module, self._module_base):
+            return ()
+        label = f"[LightningModule]{type(self._module).__name__}.{name}"
+        return (self._profiler.wrap(label, getattr(self._module, name)),)
+
+    def _named(self, name: str, functions: tuple[Hook, ...]) -> Hook:
         recorder = self._recorder
-        function = self._profiler.wrap(f"{owner}.{name}", function)
 
         def hook(*args: Any, **kwargs: Any) -> Any:
             outer, recorder.hook = recorder.hook, name
+            answer = None
             try:
-                return function(*args, **kwargs)
+                for function in functions:
+                    answer = function(*args, **kwargs)
             finally:
                 recorder.hook = outer
+            return answer
 
         return hook

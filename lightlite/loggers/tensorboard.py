@@ -103,18 +103,26 @@ class TensorBoardLogger(VersionedLogger):
         Raises:
             ValueError: For a value of another kind.
         """
-        writer = self.experiment
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = []
         for name, value in self._prefixed(metrics).items():
             if isinstance(value, Mapping):
-                writer.add_scalars(name, {key: as_number(item) for key, item in value.items()}, step)
+                self.experiment.add_scalars(name, {key: as_number(item) for key, item in value.items()}, step)
                 continue
             try:
-                writer.add_scalar(name, as_number(value), step)
+                values.append(Summary.Value(tag=name, simple_value=float(as_number(value))))
             except Exception as error:
                 raise ValueError(
                     f"cannot log {name}={value!r} of type {type(value).__name__}: TensorBoardLogger.log_metrics takes "
                     "numbers, tensors of one element, and dictionaries of them; use logger.experiment for the rest"
                 ) from error
+        if values:  # as one event, for each costs the writer's thread a checksum in Python
+            self._file_writer().add_summary(Summary(value=values), step)
+
+    def _file_writer(self) -> Any:
+        """What `experiment` writes events with; another one where somebody has closed it."""
+        return self.experiment._get_file_writer()
 
     @rank_zero_only
     def log_hyperparams(
@@ -142,9 +150,8 @@ class TensorBoardLogger(VersionedLogger):
 
         self.log_metrics(metrics, 0 if step is None else step)
         shown = {name: _showable(value) for name, value in flat(given).items()}
-        events: Any = self.experiment.file_writer
         for part in hparams(shown, dict(metrics)):
-            events.add_summary(part)
+            self._file_writer().add_summary(part)
 
     @rank_zero_only
     def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:

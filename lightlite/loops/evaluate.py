@@ -147,8 +147,8 @@ class _BatchLoop:
         """Run the step on every batch of this rank; `sink` gets (batch index, loader index, output)."""
         several = len(self.loaders) > 1
         recorder, hooks, prepare, step = self.trainer.recorder, self.trainer.hooks, self._prepare, self._step
-        starts = hooks.resolve(f"on_{self.word}_batch_start")
-        ends = hooks.resolve(f"on_{self.word}_batch_end")
+        start = hooks.together(f"on_{self.word}_batch_start")
+        end = hooks.together(f"on_{self.word}_batch_end")
         hook_name = f"{self.word}_step"
         self._counts = [0] * len(self.loaders)
         for loader_idx, loader in enumerate(self.loaders):
@@ -162,14 +162,14 @@ class _BatchLoop:
                     batch = prepare(batch, loader_idx)
                 recorder.batch = batch
                 results.batches[loader_idx] += 1
-                for hook in starts:
-                    hook(batch, batch_idx, *more)
+                if start is not None:
+                    start(batch, batch_idx, *more)
                 recorder.hook = hook_name
                 with self._context():
                     output = step(batch, batch_idx, *more) if self._takes_idx else step(batch)
                 recorder.hook = None
-                for hook in ends:
-                    hook(output, batch, batch_idx, *more)
+                if end is not None:
+                    end(output, batch, batch_idx, *more)
                 sink(batch_idx, loader_idx, output)
                 self._counts[loader_idx] += 1
         recorder.dataloader_idx = None

@@ -75,13 +75,13 @@ def run_fit(
         recorder, progress, preemption = trainer.recorder, trainer.progress, trainer.preemption
         prepare, schedulers = fit.prepare, fit.schedulers
         while not fit.done():
-            step, batch_starts, batch_ends = fit.begin_epoch()
+            step, batch_start, batch_end = fit.begin_epoch()
             for batch, batch_idx in fit.batches():
                 progress.last_batch = last = batch_idx + 1 == fit.length
                 if prepare is not None:
                     batch = prepare(batch, 0)
                 recorder.batch = batch
-                if batch_starts and fit.stopped_by(batch_starts, batch, batch_idx):
+                if batch_start is not None and batch_start(batch, batch_idx) == -1 and fit.stops_epoch(batch_idx):
                     break
                 output = step(batch, batch_idx, last)
                 progress.batches_in_epoch = batch_idx + 1
@@ -89,8 +89,8 @@ def run_fit(
                 progress.pending = True
                 if schedulers:
                     fit.step_schedulers(last)
-                for hook in batch_ends:
-                    hook(output, batch, batch_idx)
+                if batch_end is not None:
+                    batch_end(output, batch, batch_idx)
                 if batch_idx < fit.quiet_until and not trainer.should_stop:
                     progress.batches_that_stepped += 1
                     progress.pending = False
@@ -314,7 +314,7 @@ class FitLoop:
         enough_epochs = not trainer.min_epochs or epochs_done >= trainer.min_epochs
         return enough_epochs and (not trainer.min_steps or progress.optimizer_steps >= trainer.min_steps)
 
-    def begin_epoch(self) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+    def begin_epoch(self) -> tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any] | None]:
         """Open the epoch, or go on with the one that a checkpoint was taken in.
 
         Returns:
@@ -344,7 +344,7 @@ class FitLoop:
             and not (self._validates and (trainer.val_check_time is not None or self._val_every == math.inf))
         )
         step = trainer.profiler.wrap("run_training_batch", self.step.observe if progress.closing else self.step)
-        return step, trainer.hooks.resolve("on_train_batch_start"), trainer.hooks.resolve("on_train_batch_end")
+        return step, trainer.hooks.together("on_train_batch_start"), trainer.hooks.together("on_train_batch_end")
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """This rank's batches of the epoch with their indices, from where a checkpoint left off.
@@ -419,18 +419,16 @@ class FitLoop:
     def _ends_may_differ(self) -> bool:
         return distributed.world_size() > 1 and not self.trainer.use_distributed_sampler
 
-    def stopped_by(self, hooks: tuple[Any, ...], batch: Any, batch_idx: int) -> bool:
-        """Call the hooks before a batch; whether the module's, which is the last, ends the epoch by returning -1."""
-        answer = None
-        for hook in hooks:
-            answer = hook(batch, batch_idx)
-        stopped = answer == -1 and is_overridden("on_train_batch_start", self.module, LightningModule)
-        if stopped:  # schedulers and the count of batches go on as after an epoch's last batch
-            self.progress.last_batch = True
-            self.progress.batches_total += 1
-            for interval in ("step", "epoch"):
-                self._step_those(interval, plateau=False, batches=batch_idx + 1)
-        return stopped
+    def stops_epoch(self, batch_idx: int) -> bool:
+        """Whether the last of the hooks before a batch, which returned -1, is the module's: that ends the epoch."""
+        if not is_overridden("on_train_batch_start", self.module, LightningModule):
+            return False
+        # Schedulers and the count of batches go on as after an epoch's last batch.
+        self.progress.last_batch = True
+        self.progress.batches_total += 1
+        for interval in ("step", "epoch"):
+            self._step_those(interval, plateau=False, batches=batch_idx + 1)
+        return True
 
     def end_epoch(self) -> None:
         """Close the epoch: hooks, then schedulers that watch a value, then loggers."""

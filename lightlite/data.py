@@ -87,6 +87,7 @@ class RankLoader(_Pass):
         deal: Whether to deal at all; False where the data is split by the user.
         endless: What gives the indices of the batches where those dealt out in evaluation come again and again, as
             one sequence.
+        pin: Whether batches that workers load are to be in page-locked memory, into which a thread copies them.
 
     Attributes:
         source: What was given as `loader`.
@@ -95,9 +96,11 @@ class RankLoader(_Pass):
         length: In training, this rank's number of batches; in evaluation, the number over all ranks. None if unknown.
     """
 
-    def __init__(self, loader: Any, training: bool, deal: bool = True, endless: Column | None = None) -> None:
+    def __init__(
+        self, loader: Any, training: bool, deal: bool = True, endless: Column | None = None, pin: bool = False
+    ) -> None:
         self.source = loader
-        self._training, self._endless = training, endless
+        self._training, self._endless, self._pin = training, endless, pin
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
         self._dealt: Dealt | None = None
         self._beginning: Dealt | Draw | None = None
@@ -115,12 +118,23 @@ class RankLoader(_Pass):
                 self.loader = copy.copy(loader)
                 object.__setattr__(self.loader, "_iterator", None)
                 self.loader.worker_init_fn = WorkerStart(0, loader.worker_init_fn)
+        self._suit_memory()
         self.length = self._count()
         # What can tell its place in the stream, if there is such a thing, and the place before the batch drawn last.
         self._stream = _stateful(self.loader) if training and self._dealt is None else None
         self._place: Any = None
         self._streams = False
         self.initial_state = self.state_dict()
+
+    def _suit_memory(self) -> None:
+        # Never the user's own loader; and without workers, this process would do the copying itself.
+        if self._pin and self.loader is not self.source and self.loader.num_workers:
+            self.loader.pin_memory = True
+
+    @property
+    def may_fetch_ahead(self) -> bool:
+        """Whether to fetch a batch early costs nothing and changes nothing: others load it, nobody asks for places."""
+        return bool(getattr(self.loader, "num_workers", 0)) and self._stream is None
 
     @property
     def first(self) -> int:
@@ -261,6 +275,7 @@ class RankLoader(_Pass):
         """Iterate a copy of the loader that draws what it would draw anyway, by indices that are known beforehand."""
         if self._dealt is None and _is_map_style(self.source):
             self.loader = self._dealt_out()
+            self._suit_memory()
 
     def track(self) -> deque[Any] | None:
         """Note the indices of each batch from the next pass on; None where the loader has no indices."""
@@ -506,13 +521,14 @@ class RankLoaders(_Pass):
         loader: The CombinedLoader; in "sequential" mode its loaders come one after the other, as one.
         training: See `RankLoader`.
         deal: See `RankLoader`.
+        pin: See `RankLoader`.
 
     Raises:
         MisconfigurationException: Where an evaluation on several ranks would have to cycle through a loader of unknown
             length.
     """
 
-    def __init__(self, loader: CombinedLoader, training: bool, deal: bool = True) -> None:
+    def __init__(self, loader: CombinedLoader, training: bool, deal: bool = True, pin: bool = False) -> None:
         self.source = loader
         deal = deal and not any(_is_split_by_user(part) for part in loader.flattened)
         cycles = loader.mode == "max_size_cycle"
@@ -521,7 +537,8 @@ class RankLoaders(_Pass):
         self._cycle = Cycle(loader.flattened) if endless else None
         columns = self._cycle.columns if self._cycle else [None] * len(loader.flattened)
         self._parts = [
-            RankLoader(part, training, deal, column) for part, column in zip(loader.flattened, columns, strict=True)
+            RankLoader(part, training, deal, column, pin)
+            for part, column in zip(loader.flattened, columns, strict=True)
         ]
         for part in self._parts:
             part.draw_by_index()
@@ -540,6 +557,12 @@ class RankLoaders(_Pass):
         self._passes: dict[int, dict[str, Any]] = {}
         self._drawn = 0
         self.initial_state = self.state_dict()
+
+    @property
+    def may_fetch_ahead(self) -> bool:
+        """See `RankLoader.may_fetch_ahead`; a loader that starts over draws random numbers for that."""
+        all_begin_at_once = self.source.mode in ("min_size", "max_size")
+        return all_begin_at_once and all(part.may_fetch_ahead for part in self._parts)
 
     def start(self, skip: int = 0, limit: int | None = None, at: dict[str, Any] | None = None) -> Iterator[Any]:
         """This rank's nests of batches of one pass; see `RankLoader.start`."""
@@ -609,7 +632,8 @@ class RankLoaders(_Pass):
             part.set_epoch(epoch)
 
 
-def rank_loader(loader: Any, training: bool, deal: bool = True) -> RankLoader | RankLoaders:
+def rank_loader(loader: Any, training: bool, deal: bool = True, pin: bool = False) -> RankLoader | RankLoaders:
     """What a rank iterates of one loader, or of a CombinedLoader."""
-    kind = RankLoaders if isinstance(loader, CombinedLoader) else RankLoader
-    return kind(loader, training, deal)
+    if isinstance(loader, CombinedLoader):
+        return RankLoaders(loader, training, deal, pin)
+    return RankLoader(loader, training, deal, pin=pin)

@@ -191,7 +191,7 @@ class Draw:
 
     def draw(self) -> None:
         """Have the next block at hand."""
-        if self._over or self._next < len(self.drawn):
+        if self._over or self._next < len(self.drawn) or (self._begun and not self._ahead):
             return
         self._pass_over()
         own = None if self._state is None else capture_rng()

@@ -94,6 +94,14 @@ class Accelerator(ABC):
         None is what spares the CPU a walk through every batch.
         """
 
+    def background_mover(self, device: torch.device) -> Callable[[Any], Callable[[], Any]] | None:
+        """A function that begins to move a nest to `device`, beside what the device computes; None where it cannot.
+
+        It returns at once, and what it returns is called once, when the nest is wanted: to give the moved nest, ready
+        for what is computed from then on. What has been begun may also be dropped.
+        """
+        return None
+
     def random_state(self, device: torch.device) -> Any:
         """State of the device's own random generator, as plain data or tensors on the CPU; None without one."""
         return None

@@ -21,7 +21,9 @@ _PLAIN = (str, bytes, int, float, complex, type(None), type)
 _ABSENT = object()
 
 
-def apply_to_tensors(nest: Any, function: Callable[[Tensor], Any]) -> Any:
+def apply_to_tensors(
+    nest: Any, function: Callable[[Tensor], Any], on_movable: Callable[[Any], Any] | None = None
+) -> Any:
     """`nest` with each tensor replaced by `function(tensor)`.
 
     Types of containers are kept, named tuples, `defaultdict`s, subclasses and frozen dataclasses included. An object
@@ -31,11 +33,12 @@ def apply_to_tensors(nest: Any, function: Callable[[Tensor], Any]) -> Any:
     Args:
         nest: Any nest; objects that are no containers pass through.
         function: Called once for each distinct tensor.
+        on_movable: Called instead of looking into an object that has a `to` method, container or not.
 
     Raises:
         MisconfigurationException: Where a mapping that has to change cannot be made anew from a dict.
     """
-    return _Walk(function).visit(nest)
+    return _Walk(function, on_movable).visit(nest)
 
 
 def move_to(

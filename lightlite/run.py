@@ -154,7 +154,9 @@ class Run(TrainerFacts):
         loaders = combined(loaders, "max_size_cycle", "the train loader")
         if self.overfit_batches:
             loaders = sequential(loaders)
-        self._loader = rank_loader(loaders, training=True, deal=self.use_distributed_sampler)
+        self._loader = rank_loader(
+            loaders, training=True, deal=self.use_distributed_sampler, pin=self.strategy.accelerator.pin_memory
+        )
         self.open_loaders.append(self._loader)
         return self._loader
 

@@ -275,12 +275,13 @@ class Fabric(Place):
                 raise ValueError("fabric.setup_dataloaders was given a loader that is set up already")
             check_loader(loader, "what fabric.setup_dataloaders was given")
         self._take_place()
-        move = self.accelerator.batch_mover(self.device) if move_to_device else None
+        device = self.device if move_to_device else None
+        pin = self.accelerator.pin_memory and move_to_device
         wrapped = [
             _FabricDataLoader(
-                RankLoader(loader, training=not evaluation, deal=use_distributed_sampler),
-                move,
-                self.device if move_to_device else None,
+                RankLoader(loader, training=not evaluation, deal=use_distributed_sampler, pin=pin),
+                self.accelerator,
+                device,
             )
             for loader in dataloaders
         ]

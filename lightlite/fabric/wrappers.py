@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from lightlite.data import RankLoader
 from lightlite.errors import MisconfigurationException
-from lightlite.interfaces import Precision, Strategy
+from lightlite.interfaces import Accelerator, Precision, Strategy
+from lightlite.loops.batches import one_ahead
 from lightlite.nest import apply_to_tensors
 from lightlite.optim import LightningOptimizer
 
@@ -308,12 +309,14 @@ class _FabricDataLoader:
 
     Args:
         loader: What this rank iterates.
-        move: Moves a batch to the device; None where it is there, or is to stay.
-        device: The device that batches are moved to, or None.
+        accelerator: Moves batches.
+        device: The device that batches are moved to; None where they are to stay.
     """
 
-    def __init__(self, loader: RankLoader, move: Callable[[Any], Any] | None, device: torch.device | None) -> None:
-        self._loader, self._move, self.device = loader, move, device
+    def __init__(self, loader: RankLoader, accelerator: Accelerator, device: torch.device | None) -> None:
+        self._loader, self.device = loader, device
+        self._begin = None if device is None else accelerator.background_mover(device)
+        self._move = None if device is None else accelerator.batch_mover(device)
         self._epoch = 0
 
     def __len__(self) -> int:
@@ -327,6 +330,9 @@ class _FabricDataLoader:
         self._loader.set_epoch(self._epoch)
         self._epoch += 1
         batches = self._loader.start()
+        if self._begin is not None:
+            moving = map(self._begin, batches)
+            return (moved() for moved in (one_ahead(moving) if self._loader.may_fetch_ahead else moving))
         return batches if self._move is None else map(self._move, batches)
 
     def set_epoch(self, epoch: int) -> None:

@@ -18,7 +18,7 @@ from lightlite.distributed import Ranks
 from lightlite.entries import numbers
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import is_overridden
-from lightlite.loops.batches import batch_preparer
+from lightlite.loops.batches import BatchPath
 from lightlite.loops.calls import positional, takes_batch_idx
 from lightlite.loops.session import session
 from lightlite.module import LightningModule
@@ -70,7 +70,7 @@ class _BatchLoop:
         self._step = trainer.profiler.wrap(f"[Strategy]{type(trainer.strategy).__name__}.{self.word}_step", step)
         self._takes_idx = takes_batch_idx(step)
         self._takes_loader = flexible or len(names) > 2
-        self._prepare = batch_preparer(trainer, module)
+        self._path = BatchPath(trainer, module)
         self._context = trainer.precision_plugin.forward_context() or nullcontext
         self.load()
 
@@ -78,11 +78,11 @@ class _BatchLoop:
         """Ask for the loaders."""
         trainer, stage = self.trainer, self.stage
         trainer.evaluation_loop = self
-        deal = trainer.use_distributed_sampler
+        deal, pin = trainer.use_distributed_sampler, trainer.strategy.accelerator.pin_memory
         name = f"limit_{stage.dataloader_prefix}_batches"
         limit = getattr(trainer, name)
         loaders = trainer.load(stage) if limit else []
-        self.loaders = [rank_loader(loader, training=False, deal=deal) for loader in loaders]
+        self.loaders = [rank_loader(loader, False, deal, pin) for loader in loaders]
         trainer.open_loaders += self.loaders
         self.num_batches = [limit_of(limit, loader.length, name) for loader in self.loaders]
 
@@ -101,7 +101,7 @@ class _BatchLoop:
             loader.start(limit=None if limit == loader.length else limit),
             f"[{type(self).__name__}].{self.stage.dataloader_prefix}_next",
         )
-        return zip(itertools.count(loader.first, loader.stride), mine, strict=False)
+        return zip(itertools.count(loader.first, loader.stride), self._path.ahead(mine, loader), strict=False)
 
     def _has_nothing_to_do(self) -> bool:
         """Whether there is no batch at all, so that, as in Lightning, not even hooks are called."""
@@ -146,7 +146,7 @@ class _BatchLoop:
     def _run_batches(self, results: Results, sink: Callable[[int, int, Any], None]) -> None:
         """Run the step on every batch of this rank; `sink` gets (batch index, loader index, output)."""
         several = len(self.loaders) > 1
-        recorder, hooks, prepare, step = self.trainer.recorder, self.trainer.hooks, self._prepare, self._step
+        recorder, hooks, prepare, step = self.trainer.recorder, self.trainer.hooks, self._path.prepare, self._step
         start = hooks.together(f"on_{self.word}_batch_start")
         end = hooks.together(f"on_{self.word}_batch_end")
         hook_name = f"{self.word}_step"

@@ -32,7 +32,7 @@ from lightlite.data import RankLoader, RankLoaders, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import is_overridden
-from lightlite.loops.batches import batch_preparer
+from lightlite.loops.batches import NO_BATCH, BatchPath, one_ahead
 from lightlite.loops.evaluate import EvaluationLoop
 from lightlite.loops.session import session
 from lightlite.loops.step import ManualStep, TrainStep
@@ -45,8 +45,6 @@ from lightlite.utilities.seed import capture_rng, isolate_rng, restore_rng
 if TYPE_CHECKING:
     from lightlite.loops.session import DataSource
     from lightlite.trainer import Trainer
-
-NO_BATCH = object()
 
 
 def run_fit(
@@ -73,7 +71,7 @@ def run_fit(
         if not fit.begin():
             return
         recorder, progress, preemption = trainer.recorder, trainer.progress, trainer.preemption
-        prepare, schedulers = fit.prepare, fit.schedulers
+        prepare, schedulers = fit.path.prepare, fit.schedulers
         while not fit.done():
             step, batch_start, batch_end = fit.begin_epoch()
             for batch, batch_idx in fit.batches():
@@ -111,7 +109,7 @@ class FitLoop:
         length: Batches in an epoch on this rank; infinite where unknown, until the last batch is reached.
         step: The training step.
         quiet_until: Before the batch of that index nothing is due after a batch: no log point, no validation, no end.
-        prepare: Brings a batch to the device; None where nothing is to be done.
+        path: The way of a batch to the device.
         schedulers: Learning-rate schedulers, if the loop is to step them.
     """
 
@@ -123,7 +121,7 @@ class FitLoop:
         make_step = TrainStep if module.automatic_optimization else ManualStep
         assert trainer.training_step is not None
         self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
-        self.prepare = batch_preparer(trainer, module)
+        self.path = BatchPath(trainer, module)
         self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
         self._max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         self._alone = distributed.world_size() == 1
@@ -383,10 +381,15 @@ class FitLoop:
             trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
         limited = loader.length is not None and self.length != loader.length
         at = resumed.get("loader_now") if skip and resumed is not None else None
-        batches = trainer.profiler.profile_iterable(
-            loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
+        batches = self.path.moving(
+            trainer.profiler.profile_iterable(
+                loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
+            )
         )
+        ahead = loader.length is not None and self.path.fetches_ahead(loader)
         if skip and resumed is not None:
+            if ahead:  # as it had been when the state was kept that is now put back
+                batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
             trainer.epoch_random_state = {key: resumed[key] for key in ("epoch", "loader")}
             restore_rng(resumed["now"])
             if not resumed.get("moved"):
@@ -395,7 +398,7 @@ class FitLoop:
         if loader.length is None:
             first = next(batches, NO_BATCH)
             return iter(()) if first is NO_BATCH else itertools.chain((first,), batches)
-        return batches
+        return one_ahead(batches) if ahead else batches
 
     def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[Any, int]]:
         """Fetch one batch ahead where the loader has no length, so that its last batch is known as such."""

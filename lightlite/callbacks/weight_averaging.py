@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
 
 from lightlite.callbacks.callback import Callback, StepOutput
 from lightlite.errors import MisconfigurationException
@@ -49,7 +49,8 @@ class WeightAveraging(Callback):
             )
         self._device = torch.device(device) if isinstance(device, str) else device
         self._use_buffers = use_buffers
-        self._kwargs = kwargs
+        # Of its own, AveragedModel has one for the CPU and, for other devices, one that fails for integer buffers.
+        self._kwargs = kwargs or {"avg_fn": get_swa_avg_fn()}
         self._average_model: AveragedModel | None = None
         self._restored: dict[str, Tensor] | None = None
         self._swapped = False

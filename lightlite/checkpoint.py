@@ -112,13 +112,14 @@ def _callback_states(trainer: Trainer) -> dict[str, Any]:
 
 
 def _random_states(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.strategy.accelerator.random_state(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
     return {
         **(trainer.epoch_random_state or {}),
         "now": capture_rng(),
         "loader_now": trainer.loader_state(),
         "validation": trainer.fit_loop.validation_states() if trainer.fit_loop else [],
-        "device": device,
+        "device": trainer.strategy.accelerator.random_state(device),
+        "device_type": device.type,
     }
 
 
@@ -380,8 +381,15 @@ class Restorer:
         trainer, rank = self._trainer, self._trainer.global_rank
         if len(states) == trainer.world_size:
             trainer.resumed_random_states = states[rank]
-            trainer.strategy.accelerator.set_random_state(states[rank]["device"], trainer.strategy.root_device)
+            self._restore_device_random(states[rank])
             return
         now = states[0]["now"] if rank == 0 else capture_rng()
         # A generator of the loader's own stands where seeking leaves it: ranks draw ahead, and one process does not.
         trainer.resumed_random_states = {**states[0], "now": now, "moved": True}
+
+    def _restore_device_random(self, states: dict[str, Any]) -> None:
+        """The device's generator, unless the checkpoint was written on another kind of device."""
+        strategy = self._trainer.strategy
+        device = strategy.root_device
+        if states["device"] is not None and states.get("device_type", device.type) == device.type:
+            strategy.accelerator.set_random_state(states["device"], device)

@@ -84,7 +84,10 @@ class Accelerator(ABC):
         """Release what the run held on the device."""
 
     def move_module(self, module: nn.Module, device: torch.device) -> None:
-        """Move parameters and buffers to `device`, in place. Nothing is copied that is there already."""
+        """Move parameters and buffers to `device`, or back to the CPU, in place: the parameters are the same objects.
+
+        Nothing is copied that is there already.
+        """
         module.to(device)
 
     @abstractmethod
@@ -118,6 +121,10 @@ class Accelerator(ABC):
     def get_device_stats(self, device: torch.device) -> dict[str, float]:
         """Memory and utilisation figures; keys name the unit, as in "memory_used_bytes", "utilization_percent"."""
         return {}
+
+    def peak_flops(self, device: torch.device, dtype: torch.dtype) -> float | None:
+        """Operations a second that the maker promises for dense matrices of `dtype`; None where that is not known."""
+        return None
 
     def external_profiler(self) -> AbstractContextManager[Any] | None:
         """Context in which the maker's own profiler records this process; None where there is none."""
@@ -279,7 +286,7 @@ class Strategy(ABC):
     def teardown(self) -> None:
         """Release the wrapper and the device; the module is the user's bare one again, in the host's memory."""
         if hasattr(self, "module"):
-            self.module.cpu()
+            self.accelerator.move_module(self.module, torch.device("cpu"))
         self.accelerator.teardown()
 
     def __getstate__(self) -> dict[str, Any]:

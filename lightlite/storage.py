@@ -138,7 +138,9 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
     Raises:
         CheckpointError: Naming the entry that is no plain data, and its type.
     """
-    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+    if isinstance(value, torch.Tensor):
+        return _with_bytes(value)
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, Mapping):
         items = {plain(key, f"a key of {where}"): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
@@ -161,6 +163,12 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
         f"{where} is {value!r} of type {type(value).__name__}, which a checkpoint cannot hold: it could only be read "
         "again by executing code. Keep numbers, strings, tensors, and lists and dicts of them"
     )
+
+
+def _with_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that torch writes so that it can be read without its device; the same one where it is that already."""
+    of_torch = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return tensor if of_torch or tensor.device.type in ("cpu", "meta") else tensor.detach().cpu()
 
 
 _PLAIN = {

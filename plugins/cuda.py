@@ -15,7 +15,7 @@ from lightlite import distributed
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Accelerator
 from lightlite.nest import move_to
-from lightlite.plugins import nvml
+from lightlite.plugins import nvml, peak_flops
 from lightlite.plugins.devices import ALL, read_devices, share_of_cores
 
 _log = logging.getLogger(__name__)
@@ -152,6 +152,10 @@ class CUDAAccelerator(Accelerator):
             "process_out_of_memory_errors": stats.get("num_ooms", 0),
         }
         return {**{name: float(value) for name, value in figures.items()}, **_whole_device(device)}
+
+    def peak_flops(self, device: torch.device, dtype: torch.dtype) -> float | None:
+        """What NVIDIA's data sheet says of the GPU; None, with a warning, where it is not known here."""
+        return peak_flops.of_gpu(torch.cuda.get_device_name(device), dtype)
 
     def external_profiler(self) -> AbstractContextManager[Any] | None:
         """Between cudaProfilerStart and cudaProfilerStop, as `nsys profile -c cudaProfilerApi` waits for them."""

@@ -12,7 +12,7 @@ import torch
 from lightlite.callbacks.callback import Callback, StepOutput
 from lightlite.progress import RunningStage, TrainerFn
 from lightlite.utilities.rank_zero import rank_zero_warn
-from lightlite.utilities.throughput import Throughput, get_available_flops
+from lightlite.utilities.throughput import Throughput
 
 if TYPE_CHECKING:
     from lightlite.module import LightningModule
@@ -42,7 +42,7 @@ class ThroughputMonitor(Callback):
         self.batch_size_fn = batch_size_fn
         self.length_fn = length_fn
         self.kwargs = kwargs
-        self.available_flops: int | None = None
+        self.available_flops: float | None = None
         Throughput(**kwargs)
         self._loops: dict[RunningStage, _Loop] = {}
         self._seen: defaultdict[RunningStage, int] = defaultdict(int)
@@ -54,7 +54,7 @@ class ThroughputMonitor(Callback):
         if not trainer.is_global_zero:
             return
         dtype = getattr(trainer.precision_plugin, "dtype", torch.float32)
-        self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
+        self.available_flops = trainer.accelerator.peak_flops(trainer.strategy.root_device, dtype)
         self._has_flops = hasattr(pl_module, "flops_per_batch")
         if not self._has_flops:
             rank_zero_warn(

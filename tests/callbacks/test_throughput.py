@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lightlite as pl
 from lightlite.callbacks import ThroughputMonitor
 from lightlite.errors import MisconfigurationException
+from lightlite.plugins.peak_flops import of_gpu
 from lightlite.utilities import ThroughputMonitor as FabricMonitor
 from lightlite.utilities import measure_flops
 from lightlite.utilities.throughput import Throughput, get_available_flops
@@ -68,16 +69,6 @@ def test_operations_are_counted_without_computing() -> None:
     assert measure_flops(model, lambda: model(x), torch.Tensor.sum) == 2 * forward
 
 
-class Named:
-    """Stands in for a kind of device that is not there."""
-
-    name = ""
-
-    @classmethod
-    def get_device_name(cls, device: Any) -> str:
-        return cls.name
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "peak"),
     [
@@ -94,30 +85,28 @@ class Named:
         ("NVIDIA GeForce RTX 3090 Ti", torch.float32, 40e12),
     ],
 )
-def test_peaks_are_those_of_dense_matrices(
-    name: str, dtype: torch.dtype, peak: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Named, "name", name)
-    monkeypatch.setattr(torch, "cuda", Named)
-    assert get_available_flops(torch.device("cuda"), dtype) == peak
+def test_peaks_are_those_of_dense_matrices(name: str, dtype: torch.dtype, peak: float) -> None:
+    assert of_gpu(name, dtype) == peak
 
 
 def test_float32_counts_as_what_it_is_multiplied_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Named, "name", "NVIDIA A100-PCIE-40GB")
-    monkeypatch.setattr(torch, "cuda", Named)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert get_available_flops(torch.device("cuda"), torch.float32) == 156e12
+    assert of_gpu("NVIDIA A100-PCIE-40GB", torch.float32) == 156e12
 
 
 @pytest.mark.parametrize(
     ("name", "message"), [("NVIDIA Unheard-of", "'NVIDIA Unheard-of' are not known"), ("Tesla T4", "no hardware for")]
 )
-def test_a_peak_that_is_not_known_is_none(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Named, "name", name)
-    monkeypatch.setattr(torch, "cuda", Named)
+def test_a_peak_that_is_not_known_is_none(name: str, message: str) -> None:
     with pytest.warns(UserWarning, match=message):
-        assert get_available_flops(torch.device("cuda"), torch.bfloat16) is None
+        assert of_gpu(name, torch.bfloat16) is None
+
+
+def test_a_devices_peak_is_asked_of_its_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert get_available_flops(torch.device("cuda"), torch.float64) == 33.5e12
     assert get_available_flops(torch.device("cpu"), torch.float32) is None
+    assert get_available_flops(torch.device("meta"), torch.float32) is None
 
 
 def test_a_loop_of_ones_own_is_logged() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -25,6 +25,7 @@ from lightlite.registry import (
     StrategyRegistry,
 )
 from lightlite.saving import TorchCheckpointIO
+from lightlite.utilities import affinity
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Instance = TypeVar("Instance")
@@ -68,6 +69,7 @@ class Hardware:
     ranks: Ranks
     num_nodes: int
     launched: bool
+    _unbind: Callable[[], None] | None = None
 
     def start_launcher(self) -> Launcher | None:
         """What makes the other ranks; None where they exist already, or there are none. They start at once."""
@@ -81,18 +83,31 @@ class Hardware:
         """Take a rank's place: its device, which is returned, its process group, its share of the cores."""
         device = self.devices[ranks.local_rank]
         self.strategy.connect(self.accelerator, device, ranks)
-        if self.launched:
-            self._take_share_of_cores(ranks)
+        if not self.launched or self._take_share_of_cores(ranks):
+            cores = self.accelerator.cores_of_rank(ranks.local_rank, ranks.local_world_size)
+            self._unbind = affinity.keep_to(cores) if cores else None
         return device
 
-    def _take_share_of_cores(self, ranks: Ranks) -> None:
-        """Compute with the threads that are this rank's, which its launcher may have bound to cores of its own."""
-        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    def disconnect(self) -> None:
+        """Undo `connect`."""
+        self.strategy.disconnect()
+        if self._unbind is not None:
+            self._unbind()
+            self._unbind = None
+
+    def _take_share_of_cores(self, ranks: Ranks) -> bool:
+        """Compute with the threads that are this rank's, which its launcher may have bound to cores of its own.
+
+        Returns:
+            Whether it has not: all ranks of this machine may run on the same cores.
+        """
+        mine = affinity.cores()
         everyone = distributed.gather_objects((ranks.node_rank, mine))
-        sharers = sum(node == ranks.node_rank and not mine.isdisjoint(theirs) for node, theirs in everyone)
-        threads = self.accelerator.threads_per_rank(sharers)
+        here = [theirs for node, theirs in everyone if node == ranks.node_rank]
+        threads = self.accelerator.threads_per_rank(sum(not mine.isdisjoint(theirs) for theirs in here))
         if threads is not None:
             torch.set_num_threads(threads)
+        return all(theirs == mine for theirs in here)
 
 
 def choose_hardware(

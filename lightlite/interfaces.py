@@ -134,6 +134,14 @@ class Accelerator(ABC):
         """CPU threads that each of `local_world_size` ranks should compute with; None to leave torch's choice."""
         return None
 
+    def cores_of_rank(self, local_rank: int, local_world_size: int) -> set[int] | None:
+        """CPU cores that a rank should keep to, of those that it may use; None to leave it where it is."""
+        return None
+
+    def advice(self, error: BaseException) -> str:
+        """What to do about an error of this device's, where its message does not say; empty for nothing."""
+        return ""
+
 
 class Precision:
     """The format that numbers are computed and kept in."""

@@ -107,7 +107,7 @@ class Run(TrainerFacts):
         """The call is over on this rank, well or not."""
         self.running_device = None
         self.strategy.checkpoint_io.on_failure = None
-        self.strategy.disconnect()
+        self.hardware.disconnect()
         self.strategy_is_set_up = False
         self.state.stage = None
         self.recorder.active = self.recorder.hook = self.recorder.batch = None

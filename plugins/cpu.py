@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import torch
 
 from lightlite.interfaces import Accelerator
-from lightlite.plugins.devices import ALL, read_devices, share_of_cores
+from lightlite.plugins.devices import ALL, NODES, read_devices, share_of_cores, share_of_nodes
 
 
 class CPUAccelerator(Accelerator):
     """Processes that compute on the CPU; `devices=N` means N of them, `devices="auto"` means one."""
 
     name = "cpu"
+    numa_nodes: ClassVar[Path] = NODES
 
     @staticmethod
     def is_available() -> bool:
@@ -74,6 +76,10 @@ class CPUAccelerator(Accelerator):
     def threads_per_rank(self, local_world_size: int) -> int | None:
         """The cores this process may use, divided by the machine's ranks, unless the user chose; see `devices.py`."""
         return share_of_cores(local_world_size)
+
+    def cores_of_rank(self, local_rank: int, local_world_size: int) -> set[int] | None:
+        """The cores of one NUMA node, or of several, where that leaves all ranks equal; see `devices.py`."""
+        return share_of_nodes(local_rank, local_world_size, self.numa_nodes)
 
 
 @cache

@@ -10,11 +10,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightlite import distributed
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Accelerator
-from lightlite.nest import move_to
+from lightlite.nest import apply_to_tensors, move_to
 from lightlite.plugins import nvml, peak_flops
 from lightlite.plugins.devices import ALL, read_devices, share_of_cores
 
@@ -81,8 +82,10 @@ class CUDAAccelerator(Accelerator):
     def find_usable_devices(num_devices: int = -1) -> list[int]:
         """Indices of GPUs on which this process can allocate, those with the least memory in use first.
 
-        GPUs in exclusive-process mode that another process holds are left out. Each GPU returned is tried out, for
-        which CUDA is initialised in this process, with a few hundred megabytes on each.
+        GPUs in exclusive-process mode that another process holds are left out. Where NVML tells all that, CUDA is not
+        initialised. Otherwise each GPU is tried out, for which it is, with a few hundred megabytes on each.
+
+        As in Lightning, `Trainer(devices=find_usable_cuda_devices(2))` takes the two freest.
 
         Args:
             num_devices: How many; -1 for all that are usable.
@@ -99,9 +102,13 @@ class CUDAAccelerator(Accelerator):
             raise MisconfigurationException(
                 f"find_usable_cuda_devices({num_devices}): PyTorch sees {count} GPUs; give at most that, or -1 for all"
             )
+        standings = [nvml.standing(index) for index in range(count)]
+        told = {index: standing for index, standing in enumerate(standings) if standing is not None}
+        if len(told) < count:  # CUDA itself has to be asked
+            told = {index: nvml.Standing(_memory_in_use(index), False) for index in range(count)}
         usable: list[int] = []
-        for index in sorted(range(count), key=_memory_in_use):
-            if len(usable) != num_devices and _is_usable(index):
+        for index in sorted(told, key=lambda index: told[index].memory_used_bytes):
+            if len(usable) != num_devices and not told[index].is_held and (None not in standings or _is_usable(index)):
                 usable.append(index)
         if len(usable) < num_devices:
             raise MisconfigurationException(
@@ -123,6 +130,10 @@ class CUDAAccelerator(Accelerator):
     def batch_mover(self, device: torch.device) -> Callable[[Any], Any] | None:
         """Copies that do not wait, from batches in page-locked memory; kernels queued after them see their result."""
         return partial(move_to, device=device, non_blocking=True)
+
+    def background_mover(self, device: torch.device) -> Callable[[Any], Callable[[], Any]] | None:
+        """Copies on a stream of their own, which do not wait for what the GPU has been given to compute."""
+        return _side_stream(device)
 
     def random_state(self, device: torch.device) -> Any:
         """The generator's state, a byte tensor on the CPU."""
@@ -170,16 +181,82 @@ class CUDAAccelerator(Accelerator):
 find_usable_cuda_devices = CUDAAccelerator.find_usable_devices
 
 
+class _SideStream:
+    """Begins to move nests from page-locked memory, on a stream of its own.
+
+    Only what is known to be safe there is moved so: plain tensors of the CPU's. What else a nest holds, such as packed
+    sequences, sparse tensors and tensors of a GPU, moves when the nest is wanted, on the stream that wants it.
+
+    Args:
+        device: Where to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def __call__(self, nest: Any) -> Callable[[], Any]:
+        copies: list[Tensor] = []
+
+        def copy(tensor: Tensor) -> Tensor:
+            if tensor.device.type != "cpu" or type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                return tensor
+            copies.append(tensor.to(self._device, non_blocking=True))
+            return copies[-1]
+
+        with torch.cuda.stream(self._stream):
+            begun = apply_to_tensors(nest, copy, on_movable=lambda thing: thing)
+            arrived = self._stream.record_event()
+        return partial(self._finish, begun, copies, arrived)
+
+    def _finish(self, nest: Any, copies: list[Tensor], arrived: torch.cuda.Event) -> Any:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(arrived)
+        for tensor in copies:
+            # The allocator gives memory of the side stream to its next copy, unless it knows who else uses it.
+            tensor.record_stream(stream)
+        return move_to(nest, self._device, non_blocking=True)
+
+
+@cache
+def _side_stream(device: torch.device) -> _SideStream:
+    # One for good: memory that was freed is reused only on the stream it was allocated on.
+    return _SideStream(device)
+
+
 def _whole_device(device: torch.device) -> dict[str, float]:
     if torch.version.hip is not None:
-        return {}
-    # By UUID: NVML counts all GPUs of the machine, PyTorch those that CUDA_VISIBLE_DEVICES leaves.
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return {} if uuid is None else nvml.device_figures(str(uuid))
+        figures = _as_amdsmi_says(device)
+    else:
+        # By UUID: NVML counts all GPUs of the machine, PyTorch those that CUDA_VISIBLE_DEVICES leaves.
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+        figures = {} if uuid is None else nvml.device_figures(str(uuid))
+    if "memory_used_bytes" not in figures:
+        free, total = torch.cuda.mem_get_info(device)
+        figures |= {"memory_used_bytes": float(total - free), "memory_total_bytes": float(total)}
+    return figures
+
+
+def _as_amdsmi_says(device: torch.device) -> dict[str, float]:
+    """Figures by AMD's library, through the module `amdsmi` that comes with ROCm; without those that cannot be had."""
+    questions: dict[str, Callable[[torch.device], float]] = {
+        "utilization_percent": torch.cuda.utilization,
+        "temperature_celsius": torch.cuda.temperature,
+        "power_watts": torch.cuda.power_draw,  # of NVIDIA it is milliwatts
+    }
+    figures = {}
+    for name, ask in questions.items():
+        try:
+            figures[name] = float(ask(device))
+        except Exception as error:  # amdsmi's own, too, whose class is there only where the module is
+            _log.debug("amdsmi does not tell %s: %s", name, error)
+    return figures
 
 
 def _memory_in_use(index: int) -> float:
-    return _whole_device(torch.device("cuda", index)).get("memory_used_bytes", 0.0)
+    try:
+        return _whole_device(torch.device("cuda", index))["memory_used_bytes"]
+    except RuntimeError:  # held by another process; that is found out again, and said, when it is tried out
+        return 0.0
 
 
 def _is_usable(index: int) -> bool:

@@ -1,9 +1,10 @@
-"""What the accelerators share: reading `devices=` arguments, and counting the CPU's cores."""
+"""What the accelerators share: reading `devices=` arguments, and dealing out the CPU's cores."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import psutil
@@ -13,6 +14,12 @@ from lightlite.errors import MisconfigurationException
 
 ALL = -1
 """The count that means every device there is."""
+
+NODES = Path("/sys/devices/system/node")
+"""Where Linux tells which cores belong to which NUMA node, that is, are near which part of the memory."""
+
+BINDING = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Environment variables by which users bind threads to cores themselves."""
 
 
 def read_devices(devices: int | str | Sequence[int]) -> int | list[int]:
@@ -64,6 +71,60 @@ def affinity_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def share_of_nodes(rank: int, sharers: int, folder: Path = NODES) -> set[int] | None:
+    """The cores of a rank's share of the NUMA nodes; None where nothing is to be bound.
+
+    So much is bound as leaves all ranks equal: each gets whole nodes of its own, or shares one with as many ranks as
+    share any other. Cores that this process may not use, by taskset or a container, do not count. Nothing is bound on a
+    machine of one node, for a single rank, where the numbers do not divide, where the nodes have unequal numbers of
+    usable cores, or where the user has bound threads by an environment variable.
+
+    Args:
+        rank: Which one.
+        sharers: Number of ranks on this machine.
+        folder: As `NODES`.
+    """
+    if sharers <= 1 or not hasattr(os, "sched_getaffinity") or any(name in os.environ for name in BINDING):
+        return None
+    usable = os.sched_getaffinity(0)
+    nodes = [cores for cores in (node & usable for node in _nodes(folder)) if cores]
+    count = len(nodes)
+    uneven = len({len(cores) for cores in nodes}) != 1 or (sharers % count and count % sharers)
+    if count < 2 or uneven or set().union(*nodes) != usable:
+        return None
+    if count >= sharers:
+        share = count // sharers
+        return set().union(*nodes[rank * share : (rank + 1) * share])
+    return nodes[rank * count // sharers]
+
+
+def _nodes(folder: Path) -> list[set[int]]:
+    """The cores of each node, in order; none where that is not told."""
+    try:
+        lists = {int(path.name[4:]): (path / "cpulist").read_text() for path in folder.glob("node[0-9]*")}
+        return [_read_cores(lists[number]) for number in sorted(lists)]
+    except (OSError, ValueError):
+        return []
+
+
+def _read_cores(text: str) -> set[int]:
+    """The kernel's lists: "0-3,8" is {0, 1, 2, 3, 8}."""
+    cores: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16; True where that is not known."""
+    try:
+        has = torch.cpu.get_capabilities()
+    except (AttributeError, RuntimeError):  # PyTorch is too old to tell
+        return True
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def share_of_cores(sharers: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -95,6 +96,21 @@ class MPSAccelerator(Accelerator):
     def synchronize(self, device: torch.device) -> None:
         """Wait for the GPU."""
         torch.mps.synchronize()
+
+    def advice(self, error: BaseException) -> str:
+        """What to do where PyTorch has no version of an operator for this device."""
+        if not isinstance(error, NotImplementedError) or "for the MPS device" not in str(error):
+            return ""
+        if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1":
+            return (
+                "PYTORCH_ENABLE_MPS_FALLBACK=1 was set after PyTorch had been imported, which reads it then: set it in "
+                "the shell, or before the first `import torch`"
+            )
+        return (
+            "PyTorch computes such an operator on the CPU, and copies there and back, if PYTORCH_ENABLE_MPS_FALLBACK=1 "
+            "is set before `import torch`: start the script as `PYTORCH_ENABLE_MPS_FALLBACK=1 python …`; or use "
+            'accelerator="cpu"'
+        )
 
     def get_device_stats(self, device: torch.device) -> dict[str, float]:
         """Memory that tensors take, that the driver gave this process, and that it should not exceed."""

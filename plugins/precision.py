@@ -5,21 +5,27 @@ Each class takes the type of device it is for, as `torch.device.type` has it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Precision
 from lightlite.nest import apply_to_tensors
+from lightlite.plugins.devices import computes_bfloat16
 
+_log = logging.getLogger(__name__)
 _TRUE = {"64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}
 _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _WITHOUT_FLOAT64 = ("mps",)
+_SCALER_SINCE = {"mps": "2.8"}
+"""The version of PyTorch whose `torch.amp.GradScaler` works on a type of device, where not all supported ones do."""
 
 
 class FullPrecision(Precision):
@@ -118,6 +124,14 @@ class MixedPrecision(Precision):
                 f"precision={precision!r} needs autocast, which PyTorch {torch.__version__} has not for {device}; "
                 'use precision="32-true" or "bf16-true"'
             )
+        if device == "cpu" and self.dtype is torch.bfloat16 and not computes_bfloat16():
+            _note_emulation(precision)
+        since = _SCALER_SINCE.get(device, "0")
+        if self.dtype is torch.float16 and Version(torch.__version__) < Version(since):
+            raise MisconfigurationException(
+                f"precision={precision!r} needs a gradient scaler, which PyTorch has for {device} since {since}, and "
+                f'this is {torch.__version__}; update it, or use precision="bf16-mixed"'
+            )
         if self.dtype is torch.float16:
             self.scaler = torch.amp.GradScaler(device) if scaler is None else scaler
         elif scaler is not None:
@@ -142,6 +156,15 @@ def _look_up(dtypes: dict[str, torch.dtype], precision: str) -> torch.dtype:
         allowed = ", ".join(map(repr, dtypes))
         raise MisconfigurationException(f"precision={precision!r} is not one of {allowed}")
     return dtypes[precision]
+
+
+@cache
+def _note_emulation(precision: str) -> None:
+    _log.info(
+        "precision=%r on this CPU, which has no instructions for bfloat16: the numbers are right, but it takes longer "
+        'than precision="32-true".',
+        precision,
+    )
 
 
 def _to_default_dtype(nest: Any) -> Any:

@@ -160,7 +160,7 @@ class Place:
 
     def _disconnect(self) -> None:
         """The ranks part."""
-        self.strategy.disconnect()
+        self._hardware.disconnect()
         self._ranks, self._launched = self._hardware.ranks, False
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -112,6 +112,7 @@ def session(
             _conclude(trainer, module, fn, for_trial)
         trainer.state.status = TrainerStatus.FINISHED
     except BaseException as error:
+        _advise(trainer, error)
         _on_exception(trainer, trainer.cause_of(error))
         raise
     finally:
@@ -235,6 +236,15 @@ def _teardown_hooks(trainer: Trainer, fn: TrainerFn) -> None:
         _recorded(trainer, trainer.datamodule, "teardown")(fn)
     for call in trainer.hooks.resolve("teardown"):
         call(fn)
+
+
+def _advise(trainer: Trainer, error: BaseException) -> None:
+    """Add to an error what the device it comes from has to say about it."""
+    advice = trainer.strategy.accelerator.advice(error) if trainer.strategy_is_set_up else ""
+    if advice and hasattr(error, "add_note"):
+        error.add_note(advice)
+    elif advice:
+        log.error("%s: %s", error, advice)
 
 
 def _on_exception(trainer: Trainer, error: BaseException) -> None:

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightlite import accelerators, strategies
+from lightlite import Trainer, accelerators, strategies
+from lightlite.demos.boring_classes import BoringModel
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Accelerator, Strategy
 from lightlite.plugins import cuda, mps, nvml
@@ -31,10 +33,11 @@ needs_mps = pytest.mark.skipif(not MPSAccelerator.is_available(), reason=str(MPS
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> Iterator[None]:
-    for remembered in (nvml._handle, cuda._advise_once, mps._note_once):
+    remembering = (nvml._handle, nvml._starts, cuda._advise_once, mps._note_once)
+    for remembered in remembering:
         remembered.cache_clear()
     yield
-    for remembered in (nvml._handle, cuda._advise_once, mps._note_once):
+    for remembered in remembering:
         remembered.cache_clear()
 
 
@@ -136,6 +139,9 @@ class FakeNVML(ModuleType):
     def nvmlInit(self) -> None:
         self.starts += 1
 
+    def nvmlDeviceGetCount(self) -> int:
+        raise self.NVMLError("no permission")
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         if uuid not in self.used:
             raise self.NVMLError("not found")
@@ -170,6 +176,7 @@ def test_a_missing_or_broken_nvml_is_tolerated(monkeypatch: pytest.MonkeyPatch) 
     assert nvml.device_figures("a") == {}
     monkeypatch.undo()
     nvml._handle.cache_clear()
+    nvml._starts.cache_clear()
     if CUDAAccelerator.is_available():
         pytest.skip("NVML works here, so what it does without a driver cannot be seen")
     importlib.import_module("pynvml")
@@ -184,6 +191,35 @@ def test_cuda_figures_join_the_allocators_and_nvmls(monkeypatch: pytest.MonkeyPa
     assert stats["process_memory_bytes"] == 7
     assert stats["process_out_of_memory_errors"] == 1
     assert stats["memory_used_bytes"] == 300
+
+
+def test_cuda_tells_of_the_whole_devices_memory_without_nvml_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    stats = CUDAAccelerator().get_device_stats(torch.device("cuda", 0))
+    assert (stats["memory_used_bytes"], stats["memory_total_bytes"]) == (70, 100)
+
+
+def test_an_amd_gpus_figures_come_by_amdsmi_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untold(device: torch.device) -> float:
+        raise ModuleNotFoundError("amdsmi does not seem to be installed")
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 42)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 250)
+    monkeypatch.setattr(torch.cuda, "temperature", untold)
+    stats = CUDAAccelerator().get_device_stats(torch.device("cuda", 0))
+    whole = {name: value for name, value in stats.items() if not name.startswith("process_")}
+    assert whole == {
+        "utilization_percent": 42,
+        "power_watts": 250,
+        "memory_used_bytes": 70,
+        "memory_total_bytes": 100,
+    }
 
 
 @pytest.fixture
@@ -201,7 +237,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_usable_gpus_come_freest_first() -> None:
+def test_gpus_of_which_nvml_does_not_tell_all_are_tried_out_and_come_freest_first() -> None:
     assert accelerators.find_usable_cuda_devices() == [2, 0]
     assert accelerators.find_usable_cuda_devices(1) == [2]
     assert accelerators.find_usable_cuda_devices(0) == []
@@ -209,6 +245,90 @@ def test_usable_gpus_come_freest_first() -> None:
         accelerators.find_usable_cuda_devices(3)
     with pytest.raises(MisconfigurationException, match="PyTorch sees 3 GPUs; give at most that"):
         accelerators.find_usable_cuda_devices(4)
+
+
+SIDE, MAIN = "side", "main"
+
+
+class FakeStreams:
+    """Stands in for CUDA's streams: notes what is queued on which, in order. Copies go to the meta device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queued: list[tuple[str, ...]] = []
+        self.current = MAIN
+        streams = self
+        to = torch.Tensor.to
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def record_event(self) -> str:
+                streams.queued.append((self.name, "record"))
+                return f"event of {self.name}"
+
+            def wait_event(self, event: str) -> None:
+                streams.queued.append((self.name, f"wait for {event}"))
+
+        @contextmanager
+        def stream(chosen: Stream) -> Iterator[None]:
+            before, streams.current = streams.current, chosen.name
+            yield
+            streams.current = before
+
+        def copy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            moved = to(tensor, *args, **kwargs)
+            if moved is not tensor:
+                streams.queued.append((streams.current, "copy"))
+            return moved
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(SIDE))
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(streams.current))
+        monkeypatch.setattr(torch.Tensor, "to", copy)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, used_on: streams.queued.append((used_on.name, "keeps"))
+        )
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStreams]:
+    cuda._side_stream.cache_clear()
+    yield FakeStreams(monkeypatch)
+    cuda._side_stream.cache_clear()
+
+
+def test_cuda_copies_on_a_side_stream_and_has_the_computing_stream_wait_and_keep_the_memory(
+    streams: FakeStreams,
+) -> None:
+    meta = torch.device("meta")
+    begin = CUDAAccelerator().background_mover(meta)
+    assert begin is not None
+    x = torch.ones(2)
+    moved = begin({"x": x, "again": x, "label": [torch.zeros(1, dtype=torch.int64), "a name"]})
+    copies = [(SIDE, "copy"), (SIDE, "copy"), (SIDE, "record")]
+    assert streams.queued == copies
+    batch = moved()
+    assert streams.queued == [*copies, (MAIN, "wait for event of side"), (MAIN, "keeps"), (MAIN, "keeps")]
+    assert batch["x"] is batch["again"]
+    assert (batch["x"].device, batch["label"][0].device, batch["label"][1]) == (meta, meta, "a name")
+    assert CUDAAccelerator().background_mover(meta) is begin
+
+
+def test_cuda_moves_on_the_computing_stream_what_it_does_not_know_to_be_safe_beside_it(streams: FakeStreams) -> None:
+    meta = torch.device("meta")
+    begin = CUDAAccelerator().background_mover(meta)
+    assert begin is not None
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2)])
+    there, parameter = torch.ones(1, device=meta), nn.Parameter(torch.ones(1))
+    moved = begin([packed, there, parameter])
+    assert streams.queued == [(SIDE, "record")]
+    batch = moved()
+    assert [queue for queue, _ in streams.queued] == [SIDE, *[MAIN] * (len(streams.queued) - 1)]
+    assert (MAIN, "copy") in streams.queued
+    assert (MAIN, "keeps") not in streams.queued
+    assert batch[0].data.device == batch[2].device == meta
+    assert batch[1] is there
 
 
 def test_mps_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +352,43 @@ def test_mps_narrows_double_precision_with_one_note(caplog: pytest.LogCaptureFix
     moved = mover({"x": torch.ones(1, dtype=torch.float64), "y": torch.ones(1, dtype=torch.float16)})
     assert (moved["x"].dtype, moved["y"].dtype) == (torch.float32, torch.float16)
     assert len(caplog.records) == 1
+
+
+UNSUPPORTED = NotImplementedError("The operator 'aten::foo' is not currently implemented for the MPS device. …")
+
+
+@pytest.mark.parametrize(
+    ("variable", "error", "advice"),
+    [
+        (None, UNSUPPORTED, "start the script as `PYTORCH_ENABLE_MPS_FALLBACK=1 python"),
+        ("1", UNSUPPORTED, "was set after PyTorch had been imported"),
+        (None, NotImplementedError("the user's own"), None),
+        (None, RuntimeError("for the MPS device"), None),
+    ],
+)
+def test_an_operator_that_mps_lacks_is_explained(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, error: Exception, advice: str | None
+) -> None:
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", variable)
+    told = MPSAccelerator().advice(error)
+    assert told == "" if advice is None else advice in told
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11; before, it is logged")
+def test_what_a_device_says_of_an_error_is_noted_on_it() -> None:
+    class Advising(CPUAccelerator):
+        def advice(self, error: BaseException) -> str:
+            return f"do not {error}" if isinstance(error, ValueError) else ""
+
+    class Failing(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise ValueError("fail")
+
+    with pytest.raises(ValueError, match="fail") as caught:
+        Trainer(accelerator=Advising(), devices=1, fast_dev_run=True, enable_model_summary=False).fit(Failing())
+    assert caught.value.__notes__ == ["do not fail"]
 
 
 def use_for_real(accelerator: Accelerator, device: torch.device) -> None:

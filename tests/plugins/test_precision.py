@@ -9,7 +9,7 @@ from torch import nn
 import lightlite.plugins
 from lightlite.errors import MisconfigurationException
 from lightlite.interfaces import Precision
-from lightlite.plugins import DoublePrecision, HalfPrecision, MixedPrecision, TruePrecision
+from lightlite.plugins import DoublePrecision, HalfPrecision, MixedPrecision, TruePrecision, precision
 from lightlite.registry import PrecisionRegistry
 
 DTYPES = {"64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}
@@ -115,3 +115,26 @@ def test_public_names_of_plugins_lead_to_their_kinds() -> None:
         assert issubclass(getattr(lightlite.plugins, name), kind)
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         lightlite.plugins.Nonsense  # noqa: B018
+
+
+def test_a_scaler_is_asked_only_of_a_pytorch_that_has_one_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1")
+    with pytest.raises(MisconfigurationException, match=r"for mps since 2\.8, and this is 2\.7\.1.*bf16-mixed"):
+        MixedPrecision("16-mixed", device="mps")
+    assert MixedPrecision("bf16-mixed", device="mps").scaler is None
+    assert MixedPrecision("16-mixed", device="cpu").scaler is not None
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    assert MixedPrecision("16-mixed", device="mps").scaler is not None
+
+
+@pytest.mark.parametrize(("instructions", "notes"), [({}, 1), ({"avx512_bf16": True}, 0), ({"bf16": True}, 0)])
+def test_a_cpu_without_bfloat16_instructions_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, instructions: dict[str, bool], notes: int
+) -> None:
+    precision._note_emulation.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            MixedPrecision("bf16-mixed", device="cpu")
+        MixedPrecision("bf16-mixed", device="cuda")
+    assert len([record for record in caplog.records if "no instructions for bfloat16" in record.getMessage()]) == notes

@@ -4,7 +4,7 @@
     python benchmarks/checkpoint.py --megabytes 1 10 100 1000 --rivals --plot checkpoint.png
 
 A module of so many megabytes is saved from within a fit, at the end of each of three batches; the third save counts,
-for a training saves many times. The ways take turns. `stops` is how long the call takes, `whole` how long until the file
+for training saves many times. The ways take turns. `stops` is how long the call takes, `whole` how long until the file
 bears its name. The reference is `torch.save` of the module's state_dict, which does not wait for the disk; lightlite
 does, and keeps checksums, so that a kill or a power cut leaves a whole file.
 """

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightlite as pl
+from lightlite import callbacks
 
 PACKAGE = str(Path(pl.__file__).parent)
 BARE: dict[str, Any] = {
@@ -88,6 +90,31 @@ class ValuesReadBack(Window):
         self._watch.__exit__(None, None, None)
 
 
+WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "repeat_interleave")
+
+
+class Waits(ValuesReadBack):
+    """The same, and operators that need a value on the host, wherever they are called from: torch's own code too."""
+
+    def open(self) -> None:
+        super().open()
+        reads = self.reads
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = func.overloadpacket.__name__
+                if name in WAITS:
+                    reads[f"aten::{name}"] += 1
+                return func(*args, **(kwargs or {}))
+
+        self._operators = Operators()
+        self._operators.__enter__()
+
+    def close(self) -> None:
+        self._operators.__exit__(None, None, None)
+        super().close()
+
+
 class Net(pl.LightningModule):
     def __init__(self, window: Window, **log: Any) -> None:
         super().__init__()
@@ -129,6 +156,47 @@ def test_no_value_is_read_back_from_a_tensor_between_two_log_points(log: dict[st
     trainer.fit(Net(window, **log), batches(30))
 
     assert window.reads == {}
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a progress bar": {"enable_progress_bar": True},
+    "clipping by norm": {"gradient_clip_val": 0.1},
+    "clipping by value": {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "bfloat16": {"precision": "bf16-mixed"},
+    "averaged weights": {"callbacks": [callbacks.WeightAveraging(use_buffers=True)]},
+    "stochastic weight averaging": {"callbacks": [callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)]},
+    "a checkpoint that is not due": {"callbacks": [callbacks.ModelCheckpoint(monitor="loss", every_n_train_steps=50)]},
+    "early stopping": {"callbacks": [callbacks.EarlyStopping("loss", check_on_train_epoch_end=True)]},
+    "learning rates": {"callbacks": [callbacks.LearningRateMonitor("step")]},
+    "a timer": {"callbacks": [callbacks.Timer(interval="step", duration={"hours": 1})]},
+    "throughput": {"callbacks": [callbacks.ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]))]},
+    "an average of weights alone": {"callbacks": [callbacks.WeightAveraging(use_buffers=False)]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*has no flops_per_batch")
+@pytest.mark.parametrize("feature", FEATURES)
+def test_no_feature_waits_for_the_device_between_two_log_points(feature: str) -> None:
+    window = Waits(11, 18)
+    settings = {"enable_progress_bar": False, "log_every_n_steps": 10, **FEATURES[feature]}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, **settings)
+    trainer.fit(Net(window, on_step=True, on_epoch=True, prog_bar=True), batches(30))
+
+    assert window.reads == {}
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: torch.equal(x, x), lambda x: x[x > 0], lambda x: F.relu(x).item(), torch.nonzero]
+)
+def test_the_watch_for_waits_sees_one(read: Callable[[Tensor], Any]) -> None:
+    window = Waits(0, 1)
+    window.at(0)
+    read(torch.ones(()))
+    window.at(1)
+
+    assert window.reads.total() >= 1
 
 
 @pytest.mark.parametrize(

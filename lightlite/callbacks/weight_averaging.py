@@ -78,7 +78,7 @@ class WeightAveraging(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the average as a copy of the module, which is whole and on its device by now, or go on with one."""
         device = pl_module.device if self._device is None else self._device
-        self._average_model = AveragedModel(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
+        self._average_model = _Average(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
         if self._restored is not None:
             self._average_model.load_state_dict(self._restored, strict=bool(pl_module.strict_loading))
             self._restored = None
@@ -243,6 +243,27 @@ class EMAWeightAveraging(WeightAveraging):
             return every > 0 and step_idx >= (self.update_starting_at_step or 0) and step_idx % every == 0
         first = self.update_starting_at_epoch
         return epoch_idx is not None and first is not None and epoch_idx >= first
+
+
+class _Average(AveragedModel):
+    """An AveragedModel that asks the device once whether there is an average yet, and not at every update."""
+
+    _begun = False
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Update the average; see `AveragedModel`."""
+        if not self._begun or self.multi_avg_fn is not None:
+            super().update_parameters(model)
+            self._begun = True
+            return
+        names = _tensors if self.use_buffers else nn.Module.parameters
+        for average, new in zip(names(self.module), names(model), strict=True):
+            mean = average.detach()
+            mean.copy_(self.avg_fn(mean, new.detach().to(mean.device), self.n_averaged.to(mean.device)))
+        if not self.use_buffers:
+            for average, new in zip(self.module.buffers(), model.buffers(), strict=True):
+                average.detach().copy_(new.detach())
+        self.n_averaged += 1
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

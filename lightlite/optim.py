@@ -8,10 +8,12 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightlite.errors import MisconfigurationException
+from lightlite.nest import move_to
 from lightlite.utilities.types import LRSchedulerConfig as LRSchedulerConfig
 
 FORMS = (
@@ -251,3 +253,10 @@ def _scheduler_from_dict(given: dict[str, Any], monitor: str | None) -> LRSchedu
 def _shown(value: Any) -> str:
     text = repr(value)
     return f"{text[:117]}..." if len(text) > 120 else text
+
+
+def follow_parameters(optimizer: Optimizer) -> None:
+    """Bring an optimizer's state to where its parameters are by now, so that it leaves the device with them."""
+    for parameter, state in optimizer.state.items():
+        if isinstance(parameter, Tensor) and isinstance(state, dict):
+            state.update(move_to(state, parameter.device))

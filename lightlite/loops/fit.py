@@ -472,6 +472,7 @@ class FitLoop:
     def end(self) -> None:
         """Close the fit."""
         self.trainer.hooks.call("on_train_end")
+        self.step.end()
         self.recorder.active = None
 
     def finish_batch(self, batch_idx: int) -> bool:

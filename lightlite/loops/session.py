@@ -22,7 +22,7 @@ from lightlite.errors import MisconfigurationException
 from lightlite.hooks import DataHooks, HookTable, is_overridden
 from lightlite.loops.preemption import Preemption
 from lightlite.module import LightningModule
-from lightlite.optim import LightningOptimizer, configure
+from lightlite.optim import LightningOptimizer, configure, follow_parameters
 from lightlite.profilers import PassThroughProfiler
 from lightlite.progress import STAGES, TrainerFn, TrainerStatus
 from lightlite.utilities.rank_zero import rank_zero_warn
@@ -221,6 +221,8 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
 
 def _conclude(trainer: Trainer, module: LightningModule, fn: TrainerFn, for_trial: bool) -> None:
     trainer.strategy.teardown()
+    for wrapped in trainer.wrapped_optimizers:
+        follow_parameters(wrapped.optimizer)
     if fn is TrainerFn.FITTING and not for_trial:
         trainer.hooks.call("on_fit_end")
     _teardown_hooks(trainer, fn)

@@ -126,6 +126,10 @@ class TrainStep:
         if self._optimizer is not None:
             self._optimizer.after_closure = self._finish_gradients if self._finishes else None
 
+    def end(self) -> None:
+        """Let go of the last batch, and of what was made of it: the step outlives the fit."""
+        self._batch = self._outputs = None
+
     def state_dict(self) -> dict[str, Any]:
         """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
         if not self._accumulated:
@@ -329,6 +333,9 @@ class ManualStep:
                 optimizer.step = trainer.profiler.wrap("optimizer_step", optimizer.step)  # type: ignore[method-assign]
 
     def begin_epoch(self) -> None:
+        """Nothing is kept from batch to batch."""
+
+    def end(self) -> None:
         """Nothing is kept from batch to batch."""
 
     def state_dict(self) -> dict[str, Any]:

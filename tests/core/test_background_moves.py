@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -273,3 +275,15 @@ def test_batches_that_workers_load_are_pinned_where_that_is_of_use_and_the_users
         with pytest.warns(UserWarning, match="pin_memory") if kind is Pinning and workers else _no_warning():
             trainer(accelerator=kind(), callbacks=[Look()]).fit(Net(), loader)
     assert seen == [(False, False), (False, False), (True, False)]
+
+
+def test_no_batch_outlives_the_fit() -> None:
+    class Keeping(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+            batches.append(weakref.ref(batch))
+
+    batches: list[weakref.ref[Tensor]] = []
+    running = trainer()
+    running.fit(Keeping(), DataLoader(Numbers(3), **WORKERS))
+    gc.collect()
+    assert [batch() for batch in batches] == [None] * 3

@@ -187,6 +187,19 @@ def test_no_feature_waits_for_the_device_between_two_log_points(feature: str) ->
     assert window.reads == {}
 
 
+def test_an_evaluation_waits_for_the_device_at_its_end_only() -> None:
+    class Tested(Net):
+        def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            self.window.at(batch_idx)
+            self.log("loss", F.cross_entropy(self.layer(batch[0]), batch[1]), on_step=True, on_epoch=True)
+
+    window = Waits(1, 8)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    trainer.test(Tested(window), batches(10), verbose=False)
+
+    assert window.reads == {}
+
+
 @pytest.mark.parametrize(
     "read", [lambda x: torch.equal(x, x), lambda x: x[x > 0], lambda x: F.relu(x).item(), torch.nonzero]
 )

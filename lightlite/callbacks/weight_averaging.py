@@ -252,7 +252,7 @@ class _Average(AveragedModel):
 
     def update_parameters(self, model: nn.Module) -> None:
         """Update the average; see `AveragedModel`."""
-        if not self._begun or self.multi_avg_fn is not None:
+        if not self._begun or self.avg_fn is None:
             super().update_parameters(model)
             self._begun = True
             return

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import lightlite as pl
 from lightlite import callbacks
 from lightlite.plugins.cuda import CUDAAccelerator, find_usable_cuda_devices
+from lightlite.profilers import PyTorchProfiler
 
 from .nets import QUIET, Net, fit, loader
 
@@ -206,6 +207,13 @@ def test_an_optimizers_state_leaves_the_gpu_with_the_module() -> None:
     net.losses = []
     assert trainer.optimizers[0].state
     assert torch.cuda.memory_allocated() - before < 2**14  # the values that were logged last
+
+
+@pytest.mark.usefixtures("cuda")
+def test_ranges_are_made_for_the_makers_profiler() -> None:
+    net = Net()
+    fit(net, "cuda", max_epochs=1, profiler=PyTorchProfiler(emit_nvtx=True))
+    assert len(net.losses) == 8
 
 
 def test_the_gpu_tells_its_figures(cuda: torch.device) -> None:

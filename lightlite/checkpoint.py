@@ -60,6 +60,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             "random": distributed.gather_objects(_random_states(trainer)),
             "window": distributed.gather_objects(trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}),
             "results": distributed.gather_objects(_results(trainer)),
+            "strategy": distributed.gather_objects(trainer.strategy.state_dict(trainer.optimizers)),
             "loggers": [logger.position() for logger in trainer.loggers] if trainer.is_global_zero else [],
             "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         }
@@ -339,6 +340,7 @@ class Restorer:
             if len(results) == trainer.world_size:
                 trainer.resumed_results = results[trainer.global_rank]
             self._restore_loggers(own.get("loggers", []))
+            self._restore_strategy(own.get("strategy", []))
         self._checkpoint = None
 
     def _restore_optimizers(self, checkpoint: dict[str, Any]) -> None:
@@ -368,6 +370,17 @@ class Restorer:
         names = windows[0]["gradients"]
         mean = {name: sum(window["gradients"][name] for window in windows) / len(windows) for name in names}
         trainer.resumed_window = {**windows[0], "gradients": mean}
+
+    def _restore_strategy(self, states: list[dict[str, Any]]) -> None:
+        """What each rank alone knew."""
+        trainer = self._trainer
+        if len(states) == trainer.world_size:
+            trainer.strategy.load_state_dict(states[trainer.global_rank], trainer.optimizers)
+        elif any(states):
+            rank_zero_warn(
+                f"{self._path} is of {len(states)} ranks, and there are {trainer.world_size}: what "
+                f"{type(trainer.strategy).__name__} kept on each of them, as for a communication hook, begins anew"
+            )
 
     def _restore_loggers(self, positions: list[Any]) -> None:
         """Have loggers forget what was logged after the checkpoint, if they go on with what they logged before it."""

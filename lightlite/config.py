@@ -124,6 +124,7 @@ def choose_hardware(
         MisconfigurationException: For anything unknown, unavailable or contradictory, saying what would have worked.
     """
     extras = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    extras += strategy.plugins if isinstance(strategy, Strategy) else ()
     for extra in extras:
         if not isinstance(extra, (Precision, ClusterEnvironment, CheckpointIO)):
             raise MisconfigurationException(

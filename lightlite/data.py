@@ -31,6 +31,9 @@ from lightlite.utilities.combined_loader import CombinedLoader, combined_length,
 from lightlite.utilities.rank_zero import rank_zero_warn
 from lightlite.utilities.seed import capture_rng, restore_rng
 
+ABSENT = object()
+"""Stands for the batch that a rank has not, of the last global batch of a stream."""
+
 
 class _Pass:
     """What a pass through one or more loaders has of its own: the random state in which its order is drawn."""
@@ -94,6 +97,7 @@ class RankLoader(_Pass):
         initial_state: What `state_dict` returned at first, for who has to leave no trace.
         loader: The iterable that this rank iterates; the user's own where there is nothing to deal.
         length: In training, this rank's number of batches; in evaluation, the number over all ranks. None if unknown.
+        present: Ranks that have a batch of the global batch drawn last, after `end_as_they_come`.
     """
 
     def __init__(
@@ -104,7 +108,8 @@ class RankLoader(_Pass):
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
         self._dealt: Dealt | None = None
         self._beginning: Dealt | Draw | None = None
-        self._passing = False
+        self._passing = self._ends_as_they_come = False
+        self.present = self._world
         # Items drawn for a batch, from what is dealt out.
         self._draws = self._world if training and self._splits_batches else 1
         self.loader = loader
@@ -145,6 +150,25 @@ class RankLoader(_Pass):
     def stride(self) -> int:
         """Distance between the indices of this rank's batches."""
         return 1 if self._training or not self._splits_batches else self._world
+
+    @property
+    def deals_out(self) -> bool:
+        """Whether the ranks share the loader's batches, rather than each has its own."""
+        return self._splits_batches
+
+    def end_as_they_come(self) -> bool:
+        """Have a stream's last global batch be what is left of it, ABSENT on ranks for which there is no batch.
+
+        Returns:
+            Whether that is a matter here; else, global batches are whole, or made so from the start of the order.
+        """
+        self._ends_as_they_come = self._training and self._passing and not self._drops_last
+        return self._ends_as_they_come
+
+    def _as_they_come(self, items: Iterator[Any]) -> Iterator[Any]:
+        while block := list(itertools.islice(items, self._world)):
+            self.present = len(block)
+            yield block[self._rank] if self._rank < len(block) else ABSENT
 
     @property
     def _splits_batches(self) -> bool:
@@ -251,8 +275,12 @@ class RankLoader(_Pass):
         if self._passing:
             if again_and_again or not getattr(self.loader, "num_workers", 0):
                 mine = self._beginning = Draw(mine, 1)
-            dealt = slices(mine, [], None, self._drops_last, self._rank, self._world) if self._training else mine
-            mine = dealt if self._training else itertools.islice(mine, self._rank, None, self._world)
+            if self._ends_as_they_come:
+                mine = self._as_they_come(mine)
+            elif self._training:
+                mine = slices(mine, [], None, self._drops_last, self._rank, self._world)
+            else:
+                mine = itertools.islice(mine, self._rank, None, self._world)
         mine = itertools.islice(mine, skip, None) if skip else mine
         return self._noting_place(mine) if self._stream is not None and self.length is None else mine
 
@@ -563,6 +591,11 @@ class RankLoaders(_Pass):
         """See `RankLoader.may_fetch_ahead`; a loader that starts over draws random numbers for that."""
         all_begin_at_once = self.source.mode in ("min_size", "max_size")
         return all_begin_at_once and all(part.may_fetch_ahead for part in self._parts)
+
+    @property
+    def deals_out(self) -> bool:
+        """Whether the ranks share the loaders' batches, rather than each has its own."""
+        return any(part.deals_out for part in self._parts)
 
     def start(self, skip: int = 0, limit: int | None = None, at: dict[str, Any] | None = None) -> Iterator[Any]:
         """This rank's nests of batches of one pass; see `RankLoader.start`."""

@@ -250,10 +250,19 @@ class Strategy(ABC):
         ranks: This process's place, from `connect` on.
         module: The user's module, bare, from `setup` on.
         checkpoint_io: What writes and reads checkpoint files.
+        plugins: What was given to the strategy of what is else given as `Trainer(plugins=…)`.
+        after_step: What has to follow every optimizer step, on every rank; None for nothing. Set by `setup`, for
+            automatic optimization.
     """
 
     name: ClassVar[str]
     checkpoint_io: CheckpointIO
+    plugins: Sequence[Any] = ()
+    after_step: Callable[[], None] | None = None
+    joins: ClassVar[bool] = False
+    """Whether gradients may be averaged by `sync_gradients` in a step for which some ranks have no batch, which run
+    nothing of the module then."""
+
     launcher: ClassVar[str | None] = None
     """Registered name of the launcher that makes the ranks where nobody has made them; None: one process."""
 
@@ -280,6 +289,17 @@ class Strategy(ABC):
             For training, the function that runs `module.training_step(*args)` so that the gradients of the
             loss it returns will be in sync; None otherwise. It is called once a micro-batch.
         """
+
+    def synchronize_batchnorm(self, module: nn.Module) -> None:
+        """Have batch normalization compute its statistics over all ranks, from before `setup` until `teardown`.
+
+        Raises:
+            MisconfigurationException: Where the strategy cannot.
+        """
+        raise MisconfigurationException(
+            f"sync_batchnorm=True, but {type(self).__name__} cannot compute statistics over ranks; leave it out, or "
+            "use strategy='ddp'"
+        )
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Prepare a module of a user's own loop for gradient sync; it is on its device already.
@@ -312,6 +332,19 @@ class Strategy(ABC):
 
     def before_evaluation(self, module: nn.Module | None = None) -> None:
         """Make every rank's copy of a module (None: that of `setup`) equal, buffers included, to evaluate it."""
+
+    def after_evaluation(self) -> None:
+        """Undo what `before_evaluation` did for the evaluation only, within a fit."""
+
+    def state_dict(self, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+        """What this rank alone knows that a checkpoint has to keep, as plain data and tensors; empty if nothing.
+
+        A checkpoint holds that of every rank. It is put back where the number of ranks is the same.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        """Put back what `state_dict` returned, after `setup` and `load_optimizer_state`."""
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state, as one process would have it."""

@@ -165,12 +165,14 @@ StrategyRegistry: Registry[Strategy] = Registry(
             name: ("lightlite.plugins.ddp:DDPStrategy", "the same as ddp", {})
             for name in ("ddp_spawn", "ddp_fork", "ddp_notebook")
         },
-        "ddp_find_unused_parameters_true": (
-            "lightlite.plugins.ddp:DDPStrategy",
-            "ddp for models that leave parameters unused in a step",
-            {"find_unused_parameters": True},
-        ),
-        "ddp_find_unused_parameters_false": ("lightlite.plugins.ddp:DDPStrategy", "the same as ddp", {}),
+        **{
+            f"{name}_find_unused_parameters_{word}": ("lightlite.plugins.ddp:DDPStrategy", *what)
+            for word, what in {
+                "true": ("ddp for models that leave parameters unused in a step", {"find_unused_parameters": True}),
+                "false": ("the same as ddp", {}),
+            }.items()
+            for name in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+        },
     },
     group="lightlite.strategies",
 )

@@ -114,6 +114,8 @@ class Recorder:
         self.active: Results | None = None
         self.module: nn.Module | None = None
         self.batch: Any = None
+        self.lacks_batch = False
+        """Whether this rank has no part in the global batch that is trained on."""
         self._measured: tuple[Any, int] | None = None
         self._callback: dict[str, Tensor] = {}
         self._progress_bar: dict[str, float] = {}
@@ -172,7 +174,10 @@ class Recorder:
         entry.latest, entry.fresh, entry.reduced = value, True, False
         if entry.on_epoch and entry.metric is None:
             weighed = entry.reduce == "mean" and self.hook in BATCH_HOOKS
-            size = self._size_of_batch(name) if weighed and batch_size is None else batch_size
+            lacking = self.lacks_batch and results.training
+            size = 0 if weighed and lacking else batch_size
+            if weighed and batch_size is None and not lacking:
+                size = self._size_of_batch(name)
             entry.add(value, self._turn(entry) if entry.custom else 1 if not weighed or size is None else size)
 
     def _turn(self, entry: Entry) -> int:
@@ -203,8 +208,9 @@ class Recorder:
             shares = {
                 entry.place: Share(_step_reduction(entry), value, 1.0, *_flags(entry))
                 for entry, value in zip(entries, values, strict=True)
+                if entry.rank_zero_only or not self.lacks_batch
             }
-            gathered = distributed.gather_objects((ANY_BATCH, shares))
+            gathered = distributed.gather_objects((Counter() if self.lacks_batch else ANY_BATCH, shares))
             _agree(gathered)
             values = [combine(_parts(entry.place, gathered)) for entry in entries]
         for entry, value in zip(entries, values, strict=True):
@@ -266,7 +272,7 @@ class Recorder:
             for p, e in entries.items()
             if e.metric is not None
         }
-        gathered = distributed.gather_objects((ANY_BATCH if results.training else results.batches, shares))
+        gathered = distributed.gather_objects((self._batches_had(results), shares))
         _agree(gathered)
         logged, results.late = results.late, {}
         places = dict.fromkeys(place for _, by_place in gathered for place in by_place)
@@ -287,6 +293,12 @@ class Recorder:
         for entry in results.entries.values():
             entry.fresh = False
         return logged
+
+    def _batches_had(self, results: Results) -> Counter[int]:
+        if not results.training:
+            return results.batches
+        stepped = not self.lacks_batch or any(place[0] == "training_step" for place in results.entries)
+        return ANY_BATCH if stepped else Counter()
 
     def reduce_epoch_quietly(self) -> None:
         """Bring together what hooks at the epoch's end logged, so that callbacks can watch it."""

@@ -90,13 +90,17 @@ class SpikeDetection(Callback):
             TrainingSpikeException: For a leap on any rank.
         """
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        absent = batch is None and loss is None  # this rank has no part in a stream's last global batch
+        if absent:
+            loss = torch.tensor(math.nan)
         if not isinstance(loss, torch.Tensor):
             raise MisconfigurationException(
                 f"SpikeDetection found no loss in what training_step returned, {outputs!r}; return the loss as a "
                 "tensor, or under 'loss'"
             )
         value = float(loss)
-        if trainer.strategy.reduce_boolean_decision(batch_idx >= self.warmup and self._leaps(value), all=False):
+        leaps = not absent and batch_idx >= self.warmup and self._leaps(value)
+        if trainer.strategy.reduce_boolean_decision(leaps, all=False):
             self._note(trainer, batch_idx)
             raise TrainingSpikeException(batch_idx)
         if math.isfinite(value):

@@ -84,9 +84,10 @@ class ThroughputMonitor(Callback):
         due = every and whole and (step % every == 0 or trainer.should_stop)
         if due:
             trainer.accelerator.synchronize(trainer.strategy.root_device)
+        absent = training and batch is None  # this rank has no part in a stream's last global batch
         with torch.no_grad():
-            samples = self.batch_size_fn(batch)
-            length = None if self.length_fn is None else self.length_fn(batch)
+            samples = 0 if absent else self.batch_size_fn(batch)
+            length = None if self.length_fn is None else 0 if absent else self.length_fn(batch)
         loop.add(samples, length, pl_module.flops_per_batch if self._has_flops else None)
         if due:
             metrics = loop.throughput.compute()

@@ -125,6 +125,7 @@ class _BatchLoop:
                 yield
             finally:
                 self._put_back(modes)
+                trainer.strategy.after_evaluation()
 
     def _put_back(self, modes: list[tuple[nn.Module, bool]]) -> None:
         name = f"on_{self.word}_model_train"

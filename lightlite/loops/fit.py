@@ -36,6 +36,7 @@ from lightlite.loops.batches import NO_BATCH, BatchPath, one_ahead
 from lightlite.loops.evaluate import EvaluationLoop
 from lightlite.loops.session import session
 from lightlite.loops.step import ManualStep, TrainStep
+from lightlite.loops.uneven import Uneven, uneven
 from lightlite.module import LightningModule
 from lightlite.progress import RunningStage, TrainerFn
 from lightlite.results import Results
@@ -71,7 +72,7 @@ def run_fit(
         if not fit.begin():
             return
         recorder, progress, preemption = trainer.recorder, trainer.progress, trainer.preemption
-        prepare, schedulers = fit.path.prepare, fit.schedulers
+        prepare, schedulers = fit.prepare, fit.schedulers
         while not fit.done():
             step, batch_start, batch_end = fit.begin_epoch()
             for batch, batch_idx in fit.batches():
@@ -122,6 +123,8 @@ class FitLoop:
         assert trainer.training_step is not None
         self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
         self.path = BatchPath(trainer, module)
+        self.prepare = self.path.prepare
+        self._uneven: Uneven | None = None
         self.schedulers = trainer.lr_scheduler_configs if module.automatic_optimization else []
         self._max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         self._alone = distributed.world_size() == 1
@@ -210,8 +213,10 @@ class FitLoop:
         trainer = self.trainer
         loader = self._loader = trainer.load_training()
         self._loaded_in_epoch = self.progress.epoch
-        count = limit_of(trainer.limit_train_batches, loader.length, "limit_train_batches")
-        self._known_length = math.inf if count is None else self._least_over_ranks(count)
+        counts = distributed.gather_objects(limit_of(trainer.limit_train_batches, loader.length, "limit_train_batches"))
+        self._uneven = uneven(trainer, loader, counts, self.module.automatic_optimization)
+        self.prepare = self.path.prepare if self._uneven is None else self._uneven.preparer(self.path.prepare)
+        self._known_length = self._batches_in_epoch(counts)
         self.length = trainer.num_training_batches = self._known_length
         self._set_validation_interval()
         if trainer.loggers and self.length < trainer.log_every_n_steps and not trainer.fast_dev_run:
@@ -220,12 +225,14 @@ class FitLoop:
                 "steps are logged across epochs; set a lower log_every_n_steps to see each epoch's"
             )
 
-    @staticmethod
-    def _least_over_ranks(count: int) -> int:
-        counts = distributed.gather_objects(count)
-        if len(set(counts)) > 1:
-            rank_zero_warn(f"ranks have {counts} training batches; each trains on {min(counts)}, the least of them")
-        return int(min(counts))
+    def _batches_in_epoch(self, counts: list[int | None]) -> float:
+        """The number of batches that the epoch has where ranks have these; infinite where that is not known yet."""
+        known = [math.inf if count is None else count for count in counts]
+        if self._uneven is not None:
+            return max(known)
+        if len(set(known)) > 1:
+            rank_zero_warn(f"ranks have {counts} training batches; each trains on {min(known)}, the least of them")
+        return min(known)
 
     def _set_validation_interval(self) -> None:
         trainer, given = self.trainer, self.trainer.val_check_interval
@@ -341,7 +348,10 @@ class FitLoop:
             and not any(config.reduce_on_plateau for config in self.schedulers)
             and not (self._validates and (trainer.val_check_time is not None or self._val_every == math.inf))
         )
-        step = trainer.profiler.wrap("run_training_batch", self.step.observe if progress.closing else self.step)
+        run: Callable[..., Any] = self.step.observe if progress.closing else self.step
+        if self._uneven is not None and isinstance(self.step, TrainStep):
+            run = self._uneven.step(self.step, trains=not progress.closing)
+        step = trainer.profiler.wrap("run_training_batch", run)
         return step, trainer.hooks.together("on_train_batch_start"), trainer.hooks.together("on_train_batch_end")
 
     def batches(self) -> Iterator[tuple[Any, int]]:
@@ -363,8 +373,16 @@ class FitLoop:
             return iter(())
         self._enter_batches()
         if loader.length is None:
-            return self._looking_ahead(batches, skip)
-        return zip(batches, range(skip, int(self.length)), strict=False)
+            numbered = self._looking_ahead(batches, skip)
+        else:
+            numbered = zip(batches, range(skip, int(self.length)), strict=False)
+        return numbered if self._uneven is None else self._noting_absence(self._uneven.unpack(numbered))
+
+    def _noting_absence(self, batches: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+        for numbered in batches:
+            assert self._uneven is not None
+            self.recorder.lacks_batch = self._uneven.absent
+            yield numbered
 
     def _enter_batches(self) -> None:
         """From now on what is logged, and not from within another hook, comes from training_step."""
@@ -381,11 +399,13 @@ class FitLoop:
             trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
         limited = loader.length is not None and self.length != loader.length
         at = resumed.get("loader_now") if skip and resumed is not None else None
-        batches = self.path.moving(
-            trainer.profiler.profile_iterable(
-                loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
-            )
+        batches = trainer.profiler.profile_iterable(
+            loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
         )
+        if self._uneven is None:
+            batches = self.path.moving(batches)
+        else:
+            batches = self._uneven.pairs(batches, skip, self.path.begin)
         ahead = loader.length is not None and self.path.fetches_ahead(loader)
         if skip and resumed is not None:
             if ahead:  # as it had been when the state was kept that is now put back
@@ -420,7 +440,7 @@ class FitLoop:
         return
 
     def _ends_may_differ(self) -> bool:
-        return distributed.world_size() > 1 and not self.trainer.use_distributed_sampler
+        return distributed.world_size() > 1 and not self.trainer.use_distributed_sampler and self._uneven is None
 
     def stops_epoch(self, batch_idx: int) -> bool:
         """Whether the last of the hooks before a batch, which returned -1, is the module's: that ends the epoch."""
@@ -453,6 +473,7 @@ class FitLoop:
         trainer.log_metrics(logged)
         progress.batches_that_stepped += 1
         self.results.reset()
+        self.recorder.lacks_batch = False
         progress.end_epoch()
         self.length = self._known_length
         if self._agreed_to_leave:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lightlite import distributed
 from lightlite.callbacks.callback import Callback
@@ -158,7 +157,7 @@ def _set_up(
     restorer.restore_module()
     trainer.precision_plugin.convert_module(module)
     if trainer.sync_batchnorm and trainer.world_size > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        trainer.strategy.synchronize_batchnorm(module)
     training = fn is TrainerFn.FITTING
     trainer.training_step = trainer.strategy.setup(module, training)
     if training:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightlite import distributed
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import HookTable, is_overridden
 from lightlite.loops.calls import with_batch_idx
@@ -48,11 +49,12 @@ class TrainStep:
         self._training_step = profiler.wrap(
             f"{strategy}.training_step", with_batch_idx(training_step, module.training_step)
         )
+        self._bare_step = with_batch_idx(module.training_step, module.training_step)
         self._progress = trainer.progress
         self._optimizer: LightningOptimizer | None = next(iter(trainer.wrapped_optimizers), None)
         self._context: Callable[[], AbstractContextManager[Any]] | None = trainer.precision_plugin.forward_context()
         self._scaler = trainer.precision_plugin.scaler
-        self._no_sync = trainer.strategy.no_sync
+        self._no_sync, self._after_step = trainer.strategy.no_sync, trainer.strategy.after_step
         self._plain_optimizer = self._steppable_as_by_hand(trainer)
         self._optimizer_step = next(iter(trainer.hooks.of_module("optimizer_step")), None) or profiler.wrap(
             f"{own}.optimizer_step", module.optimizer_step
@@ -111,6 +113,8 @@ class TrainStep:
         optimizer = self._optimizer
         if optimizer is None or optimizer.scaler is not None or trainer.hooks.of_module("optimizer_step"):
             return None
+        if self._after_step is not None:
+            return None
         plain = optimizer.optimizer
         if not evaluates_closure_once(plain):
             return None
@@ -120,7 +124,7 @@ class TrainStep:
 
     def begin_epoch(self) -> None:
         """Begin a new accumulation window, of the length that holds for this epoch."""
-        self.micro_batch = self._accumulated = 0
+        self.micro_batch = self._accumulated = self._lacking = 0
         self._window = self._trainer.accumulate_grad_batches
         self._finishes = bool(self._before_step or self._clipping) or self._window > 1
         if self._optimizer is not None:
@@ -134,13 +138,15 @@ class TrainStep:
         """The accumulation window, where one is open: this rank's gradients so far; empty otherwise."""
         if not self._accumulated:
             return {}
-        return {"micro_batch": self._accumulated, "gradients": _gradients(self._module.named_parameters())}
+        gradients = _gradients(self._module.named_parameters())
+        return {"micro_batch": self._accumulated, "gradients": gradients, "lacking": self._lacking}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, after `begin_epoch`."""
         if not state:
             return
         self.micro_batch = self._accumulated = state["micro_batch"]
+        self._lacking = state.get("lacking", 0)
         _set_gradients(self._module, state["gradients"])
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
@@ -168,7 +174,7 @@ class TrainStep:
                 self._finish_gradients()
             self._plain_optimizer.step()
         elif self._optimizer is not None:
-            self._step_by_hook(self._optimizer)
+            self._step_by_hook(self._optimizer, self._closure)
         else:
             self._closure()
         # Without an optimizer too, so that max_steps ends the fit and checkpoints are told apart.
@@ -193,7 +199,66 @@ class TrainStep:
             self._progress.optimizer_steps += 1
         return self._outputs
 
-    def _step_by_hook(self, optimizer: LightningOptimizer) -> None:
+    def without_some(self, batch: Any, batch_idx: int, last: bool, present: int, absent: bool, trains: bool) -> Any:
+        """Train on a global batch of which some ranks have no part; see `__call__` and `observe`.
+
+        The module's own `training_step` is run, on the ranks that have a batch. Collective calls in it concern the rank
+        alone.
+
+        Args:
+            batch: This rank's.
+            batch_idx: Its index in the epoch.
+            last: Whether it is the epoch's last.
+            present: Number of ranks that have a batch.
+            absent: Whether this rank has none.
+            trains: Whether to train, or to observe.
+        """
+        self._batch, self._batch_idx = batch, batch_idx
+        self.micro_batch += 1
+        self._outputs = {} if self._wants_outputs else None
+        ends = last or (trains and self.micro_batch >= self._window)
+        if not trains:
+            if not absent:
+                with distributed.alone(), torch.no_grad():
+                    self._bare_step(batch, batch_idx)
+            self.micro_batch = 0 if last else self.micro_batch
+            self._progress.optimizer_steps += last
+            return self._outputs
+        self._lacking += distributed.world_size() - present
+        compute = functools.partial(self._compute_with_others, absent, ends)
+        self._accumulated = 0 if ends else self.micro_batch
+        if not ends:
+            compute()
+            return self._outputs
+        if self._optimizer is None:
+            compute()
+        else:
+            after, self._optimizer.after_closure = self._optimizer.after_closure, self._finish_gradients
+            self._step_by_hook(self._optimizer, compute)
+            self._optimizer.after_closure = after
+        self._progress.optimizer_steps += 1
+        self.micro_batch = self._lacking = 0
+        return self._outputs
+
+    def _compute_with_others(self, absent: bool, ends: bool) -> Tensor:
+        """This rank's gradients, if it has a batch, brought together with the others' where the window ends."""
+        loss: Tensor | None = None
+        if absent:
+            if self.micro_batch == 1:
+                self._clear_gradients()
+        else:
+            wrapped, self._training_step = self._training_step, self._bare_step
+            with distributed.alone():
+                loss = self._closure()
+            self._training_step = wrapped
+        if ends:
+            self._trainer.strategy.sync_gradients(self._module.parameters())
+        if loss is not None:
+            return loss
+        nothing = torch.zeros((), device=self._trainer.strategy.root_device)
+        return nothing if self._scaler is None else self._scaler.scale(nothing)
+
+    def _step_by_hook(self, optimizer: LightningOptimizer, compute: Callable[[], Tensor | None]) -> None:
         """Step as the module's `optimizer_step` says, or as the optimizer or the gradient scaler needs it."""
         runs: list[Tensor | None] = []
         recorder = self._trainer.recorder
@@ -201,7 +266,7 @@ class TrainStep:
         def closure() -> Tensor | None:
             # What training_step logs is its own here too, not that of the optimizer_step which calls it.
             outer, recorder.hook = recorder.hook, "training_step"
-            runs.append(self._closure())
+            runs.append(compute())
             recorder.hook = outer
             return runs[-1]
 
@@ -211,6 +276,8 @@ class TrainStep:
                 f"{type(self._module).__name__}.optimizer_step did not run its closure, so nothing was trained; "
                 "call optimizer.step(closure=optimizer_closure), or optimizer_closure() itself"
             )
+        if self._after_step is not None:
+            self._after_step()
 
     def _closure(self) -> Tensor | None:
         if self._context is None:
@@ -237,8 +304,9 @@ class TrainStep:
         """Make the gradients those of the whole window, show them to the hooks, clip them."""
         optimizer = self._optimizer
         assert optimizer is not None
-        if self.micro_batch < self._window:
-            self._rescale(self._window / self.micro_batch)
+        if self.micro_batch < self._window or self._lacking:
+            world = self._trainer.world_size
+            self._rescale(self._window * world / (self.micro_batch * world - self._lacking))
         if not self._before_step and not self._clipping:
             return
         optimizer.unscale()
@@ -252,7 +320,7 @@ class TrainStep:
             )
 
     def _rescale(self, factor: float) -> None:
-        """The epoch ended before the window did: losses were divided by more batches than there were."""
+        """The epoch, or a rank's part in it, ended before the window did: there were fewer batches than divided by."""
         gradients = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.functional import cross_entropy
 
+import lightlite as pl
 from lightlite import distributed
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.plugins.cpu import CPUAccelerator
 from lightlite.plugins.ddp import DDPStrategy
+from lightlite.plugins.precision import TruePrecision
 from lightlite.plugins.single import SingleDeviceStrategy
+from lightlite.registry import StrategyRegistry
+from lightlite.saving import TorchCheckpointIO
 
 CPU = torch.device("cpu")
 
@@ -204,22 +208,71 @@ def test_modules_are_equal_before_evaluation_buffers_included() -> None:
     assert after["body.1.num_batches_tracked"].item() == 1
 
 
-def unused(ranks: Ranks) -> str:
-    strategy = connected(ranks)
-    step = strategy.setup(Net(heads=2), training=True)
-    assert step is not None
-    step(batches(1)[0], 0).backward()
-    with pytest.raises(MisconfigurationException) as caught:
-        step(batches(1)[0], 1)
-    strategy.teardown()
-    strategy.disconnect()
-    return str(caught.value)
+def unused(ranks: Ranks) -> list[str]:
+    messages = []
+    for options in ({}, {"gradient_as_bucket_view": False}):
+        strategy, net = connected(ranks, **options), Net(heads=2)
+        net.body[0].weight.requires_grad_(False)  # frozen, and so not among those that PyTorch counts
+        step = strategy.setup(net, training=True)
+        assert step is not None
+        step(batches(1)[0], 0).backward()
+        with pytest.raises(MisconfigurationException) as caught:
+            step(batches(1)[0], 1)
+        messages.append(str(caught.value))
+        strategy.teardown()
+        strategy.disconnect()
+    for options in ({"static_graph": True}, {"find_unused_parameters": True}):
+        strategy = connected(ranks, **options)
+        step = strategy.setup(Net(heads=2), training=True)
+        assert step is not None
+        for index in range(3):
+            step(batches(1)[0], index).backward()
+        strategy.teardown()
+        strategy.disconnect()
+    return messages
 
 
 def test_unused_parameters_are_named() -> None:
-    for rank, message in enumerate(run_ranks(2, unused)):
-        assert f"on rank {rank}: heads.1.weight, heads.1.bias." in message
-        assert 'strategy="ddp_find_unused_parameters_true"' in message
+    for rank, messages in enumerate(run_ranks(2, unused)):
+        assert len(messages) == 2
+        for message in messages:
+            assert f"on rank {rank}: heads.1.weight, heads.1.bias." in message
+            assert 'strategy="ddp_find_unused_parameters_true"' in message
+
+
+def test_lightnings_names_are_those_of_the_one_way() -> None:
+    for name in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
+        for suffix, unused in (
+            ("", False),
+            ("_find_unused_parameters_true", True),
+            ("_find_unused_parameters_false", False),
+        ):
+            strategy = StrategyRegistry.create(name + suffix)
+            assert type(strategy) is DDPStrategy
+            assert strategy.options["find_unused_parameters"] is unused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accelerator": "cpu"}, r"give Trainer\(accelerator=…, devices=…\) instead"),
+        ({"parallel_devices": [CPU]}, r"give Trainer\(accelerator=…, devices=…\) instead"),
+        ({"start_method": "thread"}, "allowed are 'popen', 'spawn', 'fork', 'forkserver'"),
+        ({"device_ids": [0]}, r"device_ids=…\): give Trainer\(devices=…\) instead"),
+        ({"find_unused": True}, "has no such option; it has .*find_unused_parameters"),
+    ],
+)
+def test_what_is_not_for_the_strategy_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        DDPStrategy(**arguments)
+
+
+def test_what_lightning_gives_the_strategy_reaches_the_trainer() -> None:
+    writer, precision = TorchCheckpointIO(), TruePrecision("64-true")
+    strategy = DDPStrategy(checkpoint_io=writer, precision_plugin=precision, start_method="spawn")
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False)
+    assert trainer.strategy.checkpoint_io is writer
+    assert trainer.precision_plugin is precision
 
 
 def failing(ranks: Ranks) -> str:

@@ -311,6 +311,8 @@ class _Wrapper(DistributedDataParallel):
         """
         if self.find_unused_parameters or self.static_graph or self.mixed_precision is not None:
             return
+        if any(getattr(part, "sparse", False) for part in self.modules()):  # a sparse gradient is expected
+            return
         with torch.enable_grad():
             super().forward(None).backward()  # type: ignore[no-untyped-call]
         self.zero_grad()

@@ -132,6 +132,32 @@ def test_accumulated_gradients_stay_local_until_the_last_and_equal_the_big_batch
         assert_close(found, big_batch_gradients(batches(6)))
 
 
+def sparse(ranks: Ranks) -> list[float]:
+    class Embedded(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 2, sparse=True)
+
+        def training_step(self, batch: Tensor, *_: Any) -> Tensor:
+            return self.table(batch).square().sum() + 0 * sum(p.sum() for p in self.body.parameters())
+
+    strategy, net = connected(ranks), Embedded()
+    net.heads = nn.ModuleList()
+    step = strategy.setup(net, training=True)
+    assert step is not None
+    step(torch.tensor([ranks.rank]), 0).backward()
+    assert net.table.weight.grad is not None
+    rows: list[float] = (net.table.weight.grad.to_dense() / net.table.weight).mean(1).tolist()
+    strategy.teardown()
+    strategy.disconnect()
+    return rows
+
+
+def test_sparse_gradients_are_averaged() -> None:
+    for rows in run_ranks(2, sparse):
+        assert rows == [1, 1, 0, 0, 0]  # 2 w of one rank's two
+
+
 def by_hand(ranks: Ranks) -> tuple[dict[str, Tensor], bool, dict[str, Tensor]]:
     strategy, net = connected(ranks), Net(heads=3, seed=ranks.rank)
     net.automatic_optimization = False

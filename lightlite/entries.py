@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -83,8 +84,7 @@ class Entry:
         assert isinstance(self.reduce, str)
         stacked = _stack(self.values)
         if self.reduce == "mean":
-            weights = torch.tensor(self.weights, dtype=stacked.dtype).to(stacked.device)
-            self.total = (0 if self.total is None else self.total) + torch.dot(stacked, weights)
+            self.total = (0 if self.total is None else self.total) + torch.dot(stacked, _filled(self.weights, stacked))
         elif self.reduce == "sum":
             self.total = (0 if self.total is None else self.total) + stacked.sum()
         else:
@@ -154,6 +154,16 @@ def numbers(values: Sequence[Any]) -> list[float]:
     tensors = [value for value in values if isinstance(value, Tensor)]
     read = iter(_stack(tensors).tolist() if tensors else [])
     return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def _filled(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """A tensor of those numbers, made where `like` is: a copy from the host would wait for the device."""
+    made, start = torch.empty_like(like), 0
+    for number, run in itertools.groupby(numbers):
+        stop = start + len(list(run))
+        made[start:stop].fill_(number)
+        start = stop
+    return made
 
 
 def _stack(values: Sequence[Any]) -> Tensor:

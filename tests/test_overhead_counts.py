@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightlite as pl
 from lightlite import callbacks
+from lightlite.entries import FOLD_EVERY, Entry, Place
 
 PACKAGE = str(Path(pl.__file__).parent)
 BARE: dict[str, Any] = {
@@ -198,6 +199,28 @@ def test_an_evaluation_waits_for_the_device_at_its_end_only() -> None:
     trainer.test(Tested(window), batches(10), verbose=False)
 
     assert window.reads == {}
+
+
+def test_values_are_put_together_without_a_copy_to_or_from_the_device() -> None:
+    copies: list[str] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            given = [value for value in args if isinstance(value, Tensor)]
+            if given and isinstance(result, Tensor) and result.device not in {value.device for value in given}:
+                copies.append(func.overloadpacket.__name__)
+            return result
+
+    place = Place("training_step", "loss", None, False)
+    entry = Entry(place, (), False, True, False, True, "mean", False)
+    with Copies():
+        for step in range(FOLD_EVERY):
+            entry.add(torch.ones((), device="meta"), 8.0 if step % 10 else 5.0)
+        assert entry.values == []
+        assert copies == []
+        torch.ones(2).to("meta")
+        assert copies == ["_to_copy"]
 
 
 @pytest.mark.parametrize(

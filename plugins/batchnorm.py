@@ -13,9 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightlite import distributed
 
+_BY_PYTORCH = ("cuda", "xpu", "hpu")
+"""Devices for which PyTorch's own SyncBatchNorm is written."""
+
 
 class SyncedBatchNorm(nn.SyncBatchNorm):
-    """PyTorch's SyncBatchNorm, which works on the CPU too, and where ranks have nothing to say to one another.
+    """PyTorch's SyncBatchNorm, which works on any device, and where ranks have nothing to say to one another.
 
     Shapes: input (batch, channels, …); the batch may differ from rank to rank, and be empty on some.
     """
@@ -27,7 +30,7 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
         uses_batch = self.training or self.running_mean is None
         if not self.training or not uses_batch or distributed.world_size() == 1:
             return self._alone(input, uses_batch)
-        if input.device.type != "cpu":
+        if input.device.type in _BY_PYTORCH:
             return super().forward(input)
         self._check_input_dim(input)
         dims = [0, *range(2, input.dim())]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lightlite.launch.agent import Launch
 
 ENTRY = Path(__file__).with_name("entry.py")
-GPUS = ("cuda", "mps")
 DEFAULT_PORT = 29400
 LEAST_NODE_TIMEOUT = 3.0
 """Machines give a sign of life every second."""
@@ -53,11 +52,13 @@ class _List(argparse.Action):
 
         lines = ["accelerators:"]
         for name in AcceleratorRegistry.names():
-            reason = unavailable_reason(name)
-            description = AcceleratorRegistry.describe(name)
-            lines.append(f"  {name:<34}{description}; {f'not here: {reason}' if reason else 'available here'}")
+            reason = AcceleratorRegistry.unavailable_reason(name)
+            here = f"not here: {reason}" if reason else "available here"
+            lines.append(f"  {name:<34}{'; '.join(filter(None, (AcceleratorRegistry.describe(name), here)))}")
         lines.append("strategies:")
-        lines += [f"  {name:<34}{StrategyRegistry.describe(name)}" for name in StrategyRegistry.names()]
+        for name in StrategyRegistry.names():
+            reason = StrategyRegistry.unavailable_reason(name)
+            lines.append(f"  {name:<34}{f'not here: {reason}' if reason else StrategyRegistry.describe(name)}")
         sys.stdout.write("\n".join(lines) + "\n")
         parser.exit(0)
 
@@ -135,34 +136,23 @@ def _node_range(text: str) -> tuple[int, int]:
     return fewest, most
 
 
-def unavailable_reason(name: str) -> str | None:
-    """Why an accelerator cannot be used on this machine; None where it can."""
-    from lightlite.registry import AcceleratorRegistry
-
-    try:
-        return AcceleratorRegistry.get(name).unavailable_reason()
-    except ImportError as error:  # a third party's package that is broken must not stop the others
-        return f"its package cannot be imported: {error}"
-
-
 def choose_accelerator(name: str) -> str:
-    """The accelerator meant by a name or "auto".
+    """The accelerator meant by a name, or by one that stands for several, as "auto" does.
 
     Raises:
         MisconfigurationException: For an unknown name, or a device that is not here.
     """
     from lightlite.registry import AcceleratorRegistry
 
-    if name == "auto":
-        others = [candidate for candidate in AcceleratorRegistry.names() if candidate != "cpu"]
-        return next((candidate for candidate in others if unavailable_reason(candidate) is None), "cpu")
-    reason = unavailable_reason(name)
-    if reason is not None:
-        usable = [other for other in AcceleratorRegistry.names() if unavailable_reason(other) is None]
+    members = AcceleratorRegistry.groups.get(name, (name,))
+    reasons = {member: AcceleratorRegistry.unavailable_reason(member) for member in members}
+    found = next((member for member, reason in reasons.items() if reason is None), None)
+    if found is None:
         raise MisconfigurationException(
-            f"--accelerator {name} cannot be used here: {reason}; available here: {', '.join(usable)}"
+            f"--accelerator {name} cannot be used here: {'; '.join(map(str, reasons.values()))}; available here: "
+            f"{', '.join(AcceleratorRegistry.available())}"
         )
-    return name
+    return found
 
 
 def choose_devices(options: argparse.Namespace) -> tuple[str, list[int]]:
@@ -182,13 +172,14 @@ def choose_devices(options: argparse.Namespace) -> tuple[str, list[int]]:
 def _choose_gpus(asked: str, accelerator: str) -> tuple[str, list[int]]:
     from lightlite.registry import AcceleratorRegistry
 
-    if accelerator not in ("auto", *GPUS):
+    kinds = AcceleratorRegistry.groups["gpu"]
+    if accelerator not in ("auto", "gpu", *kinds):
         raise MisconfigurationException(
             f"--gpus {asked} and --accelerator {accelerator} contradict each other; "
             f"use --devices {asked} --accelerator {accelerator}, or --gpus {asked} alone"
         )
-    names = GPUS if accelerator == "auto" else (accelerator,)
-    name = next((name for name in names if unavailable_reason(name) is None), None)
+    names = (accelerator,) if accelerator in kinds else kinds
+    name = next((name for name in names if AcceleratorRegistry.unavailable_reason(name) is None), None)
     visible = AcceleratorRegistry.get(name).auto_device_count() if name else 0
     wanted = int(asked) if asked.isdigit() else len(asked.split(","))
     if name is None or (asked.isdigit() and wanted > visible):

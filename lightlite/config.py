@@ -39,11 +39,6 @@ PrecisionName: TypeAlias = Literal[
     64, 32, 16, "16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16"
 ]  # fmt: skip
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
-LEFT_OUT = {
-    "accelerator": ("tpu", "xla", "hpu"),
-    "strategy": ("deepspeed", "xla", "bagua", "colossalai", "horovod", "hivemind"),
-    "precision": ("transformer-engine", "bnb", "nf4", "int8"),
-}
 
 
 @dataclass
@@ -131,8 +126,8 @@ def choose_hardware(
                 f"plugins holds {extra!r} ({type(extra).__name__}); give instances of Precision, ClusterEnvironment or "
                 "CheckpointIO"
             )
-    if accelerator == "ddp":
-        accelerator, strategy = "auto", "ddp" if strategy == "auto" else strategy
+    if isinstance(accelerator, str) and accelerator in StrategyRegistry:
+        accelerator, strategy = "auto", accelerator if strategy == "auto" else strategy
     chosen = _accelerator(accelerator)
     environment = _environment(extras)
     ranks = environment.ranks() if environment is not None else None
@@ -205,39 +200,41 @@ def _counted(number: int, noun: str, plural: str = "s") -> str:
 def _accelerator(given: str | Accelerator) -> Accelerator:
     if isinstance(given, Accelerator):
         return given
-    _refuse_left_out("accelerator", given)
+    _refuse_left_out("accelerator", given, AcceleratorRegistry)
     name = os.environ.get("LIGHTLITE_ACCELERATOR", "auto") if given == "auto" else given
-    if name in AcceleratorRegistry.groups:
-        members = AcceleratorRegistry.groups[name]
-        found = next((member for member in members if AcceleratorRegistry.get(member).is_available()), None)
+    groups = AcceleratorRegistry.groups
+    if name in groups:
+        found = AcceleratorRegistry.first_available(name)
         if found is None:
             reasons = "; ".join(
-                f"{member}: {AcceleratorRegistry.get(member).unavailable_reason()}" for member in members
+                f"{member}: {AcceleratorRegistry.unavailable_reason(member)}" for member in groups[name]
             )
             raise MisconfigurationException(
-                f"accelerator={name!r}, but there is none to use ({reasons}); available: "
-                f"{', '.join(map(repr, AcceleratorRegistry.available()))}, or 'auto'"
+                f"accelerator={name!r}, but there is none to use ({reasons}); available: {_available()}, or 'auto'"
             )
         name = found
     if name not in AcceleratorRegistry:
-        raise _unknown("accelerator", name, AcceleratorRegistry, tuple(AcceleratorRegistry.groups))
-    plugin = AcceleratorRegistry.get(name)
-    if not plugin.is_available():
+        raise _unknown("accelerator", name, AcceleratorRegistry, tuple(groups))
+    if reason := AcceleratorRegistry.unavailable_reason(name):
         raise MisconfigurationException(
-            f"accelerator={name!r} cannot be used here: {plugin.unavailable_reason()}; available: "
-            f"{', '.join(map(repr, AcceleratorRegistry.available()))}, or 'auto'"
+            f"accelerator={name!r} cannot be used here: {reason}; available: {_available()}, or 'auto'"
         )
     return AcceleratorRegistry.create(name)
+
+
+def _available() -> str:
+    return ", ".join(map(repr, AcceleratorRegistry.available()))
 
 
 def _strategy(given: str | Strategy, world_size: int) -> Strategy:
     if isinstance(given, Strategy):
         return given
-    _refuse_left_out("strategy", given)
-    if given == "auto":
-        return StrategyRegistry.create("ddp" if world_size > 1 else "single")
+    _refuse_left_out("strategy", given, StrategyRegistry)
+    if given in StrategyRegistry.groups:
+        members = StrategyRegistry.groups[given]
+        given = next(name for name in members if world_size == 1 or StrategyRegistry.get(name).launcher is not None)
     if given not in StrategyRegistry:
-        raise _unknown("strategy", given, StrategyRegistry, ("auto",))
+        raise _unknown("strategy", given, StrategyRegistry, tuple(StrategyRegistry.groups))
     return StrategyRegistry.create(given)
 
 
@@ -250,7 +247,7 @@ def _precision(given: Any, extras: list[Any], device: str) -> Precision:
             )
         return plugin
     name = str(32 if given is None else given)
-    _refuse_left_out("precision", name)
+    _refuse_left_out("precision", name, PrecisionRegistry)
     name = PRECISIONS.get(name, name)
     if name not in PrecisionRegistry:
         raise _unknown("precision", given, PrecisionRegistry, tuple(PRECISIONS))
@@ -261,8 +258,8 @@ def _environment(extras: list[Any]) -> ClusterEnvironment | None:
     given = next((extra for extra in extras if isinstance(extra, ClusterEnvironment)), None)
     if given is not None:
         return given
-    for name in EnvironmentRegistry.names():
-        if EnvironmentRegistry.get(name).detect():
+    for name, plugin in EnvironmentRegistry.loadable().items():
+        if plugin.detect():
             return EnvironmentRegistry.create(name)
     return None
 
@@ -271,12 +268,12 @@ def _unknown(argument: str, given: Any, registry: Registry[Any], more: tuple[str
     names = ", ".join(map(repr, [*more, *registry.names()]))
     usable = ""
     if argument == "accelerator":
-        usable = f"; available on this machine: {', '.join(map(repr, registry.available()))}"
+        usable = f"; available on this machine: {_available()}"
     return MisconfigurationException(f"{argument}={given!r} is unknown; registered: {names}{usable}")
 
 
-def _refuse_left_out(argument: str, given: Any) -> None:
-    if isinstance(given, str) and any(given.startswith(name) for name in LEFT_OUT[argument]):
+def _refuse_left_out(argument: str, given: Any, registry: Registry[Any]) -> None:
+    if isinstance(given, str) and given.startswith(registry.left_out):
         raise MisconfigurationException(f"{argument}={given!r} is left out of lightlite on purpose; see the README")
     if not isinstance(given, str):
         raise MisconfigurationException(
@@ -515,12 +512,13 @@ def check_barebones(
         raise MisconfigurationException(f"barebones=True switches off {', '.join(wrong)}; leave out one or the other")
 
 
-def set_algorithms(deterministic: bool | str | None, benchmark: bool | None) -> None:
-    """Settings of torch that hold for the whole process.
+def set_algorithms(accelerator: Accelerator, deterministic: bool | str | None, benchmark: bool | None) -> None:
+    """Settings of torch, and of the accelerator's libraries, that hold for the whole process.
 
     Args:
+        accelerator: The accelerator.
         deterministic: True for deterministic algorithms only, "warn" to be warned of others.
-        benchmark: Whether cuDNN looks for the fastest algorithms.
+        benchmark: Whether libraries look for the fastest algorithms by trying them; None to leave that as it is.
 
     Raises:
         MisconfigurationException: For another value of `deterministic`.
@@ -529,7 +527,4 @@ def set_algorithms(deterministic: bool | str | None, benchmark: bool | None) -> 
         raise MisconfigurationException(f"deterministic={deterministic!r}; give True, False or 'warn'")
     if deterministic is not None:
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if benchmark is not None:
-        torch.backends.cudnn.benchmark = benchmark
+    accelerator.set_algorithms(bool(deterministic), benchmark)

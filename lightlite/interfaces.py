@@ -90,6 +90,14 @@ class Accelerator(ABC):
         """
         module.to(device)
 
+    def set_algorithms(self, deterministic: bool, benchmark: bool | None) -> None:
+        """Settings of the device's libraries, for the whole process; torch's own are made already.
+
+        Args:
+            deterministic: Whether to use deterministic algorithms only; False leaves that as it is.
+            benchmark: Whether to look for the fastest algorithms by trying them; None leaves that as it is.
+        """
+
     @abstractmethod
     def batch_mover(self, device: torch.device) -> Callable[[Any], Any] | None:
         """A function that moves any nest of tensors to `device`, or None where batches are there already.

@@ -84,7 +84,7 @@ class Run(TrainerFacts):
         self.recorder.module = module
         self.__dict__.update(hooks=None, _loader=None, open_loaders=[], evaluation_loop=None)
         self.closing_epoch = False
-        config.set_algorithms(self.deterministic, self.benchmark)
+        config.set_algorithms(self.hardware.accelerator, self.deterministic, self.benchmark)
         trainer = cast("Trainer", self)
         module.attach(trainer, None if self.barebones else self.recorder)
         if source.datamodule is not None:

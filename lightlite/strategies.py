@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightlite.errors import missing_attribute
 from lightlite.interfaces import Strategy
 from lightlite.registry import StrategyRegistry
 
-__all__ = ["DDPStrategy", "SingleDeviceStrategy", "Strategy", "StrategyRegistry"]
-
-DDPStrategy: Any
-SingleDeviceStrategy: Any
-
-_REGISTERED = {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single"}
+_OWN = {"Strategy": Strategy, "StrategyRegistry": StrategyRegistry}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _REGISTERED:
-        return StrategyRegistry.get(_REGISTERED[name])
-    raise missing_attribute(__name__, name)
+    if name == "__all__":
+        return __dir__()
+    return StrategyRegistry.export(__name__, name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*_OWN, *StrategyRegistry.exports()])

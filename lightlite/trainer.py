@@ -187,8 +187,8 @@ class Trainer(Run):
         self._root = os.path.abspath(os.fspath(default_root_dir)) if default_root_dir is not None else os.getcwd()
         self._max_time = None if max_time is None else config.duration(max_time, "max_time")
         self.deterministic, self.benchmark = deterministic, benchmark
-        config.set_algorithms(deterministic, benchmark)
         self.hardware = config.choose_hardware(accelerator, strategy, devices, num_nodes, precision, plugins)
+        config.set_algorithms(self.hardware.accelerator, deterministic, benchmark)
         if timeout is not None:
             self.hardware.strategy.timeout = config.patience(timeout)
         self._begin_state()

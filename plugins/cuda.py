@@ -127,6 +127,13 @@ class CUDAAccelerator(Accelerator):
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
+    def set_algorithms(self, deterministic: bool, benchmark: bool | None) -> None:
+        """CuBLAS's workspace, without which it is not deterministic, and cuDNN's trials."""
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if benchmark is not None:
+            torch.backends.cudnn.benchmark = benchmark
+
     def batch_mover(self, device: torch.device) -> Callable[[Any], Any] | None:
         """Copies that do not wait, from batches in page-locked memory; kernels queued after them see their result."""
         return partial(move_to, device=device, non_blocking=True)

@@ -19,7 +19,6 @@ from lightlite.errors import MisconfigurationException
 from lightlite.module import LightningModule
 from lightlite.registry import AcceleratorRegistry, EnvironmentRegistry, PrecisionRegistry, Registry, StrategyRegistry
 from lightlite.trainer import Trainer
-from lightlite.utilities.rank_zero import rank_zero_warn
 
 __all__ = ["LightningArgumentParser", "Namespace", "class_of"]
 
@@ -144,11 +143,7 @@ def _import_plugins() -> None:
     """Import what a Trainer may be given: jsonargparse knows short names of those classes only that are imported."""
     registries: list[Registry[Any]] = [AcceleratorRegistry, StrategyRegistry, PrecisionRegistry, EnvironmentRegistry]
     for registry in registries:
-        for name in registry:
-            try:
-                registry.get(name)
-            except ImportError as error:
-                rank_zero_warn(f"the {registry.kind} {name!r} cannot be imported: {error}")
+        registry.loadable()
 
 
 def class_of(given: Callable[..., Any]) -> type:

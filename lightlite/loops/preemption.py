@@ -160,8 +160,8 @@ class Preemption:
             "fit(ckpt_path='last') goes on from there"
         )
         if name == "SIGUSR1" and trainer.is_global_zero:
-            for environment in EnvironmentRegistry.names():
-                if why := EnvironmentRegistry.get(environment).requeue():
+            for environment in EnvironmentRegistry.loadable().values():
+                if why := environment.requeue():
                     rank_zero_warn(why)
         trainer.strategy.barrier("preempted")
         raise SIGTERMException

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,15 @@ def test_cuda_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no AMD GPU" in str(CUDAAccelerator.unavailable_reason())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert CUDAAccelerator.unavailable_reason() is None
+
+
+def test_cuda_is_told_which_algorithms_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    CUDAAccelerator().set_algorithms(deterministic=False, benchmark=None)
+    assert (os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.backends.cudnn.benchmark) == (None, False)
+    CUDAAccelerator().set_algorithms(deterministic=True, benchmark=True)
+    assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.backends.cudnn.benchmark) == (":4096:8", True)
 
 
 def test_cuda_sets_the_device_first_and_advises_once(

@@ -19,7 +19,10 @@ from lightlite.plugins.devices import ALL, read_devices
 
 
 class SimAccelerator(Accelerator):
-    """Simulated devices, one to a process. torch learns of them when they are first used, not at import."""
+    """Simulated devices, one to a process.
+
+    torch learns of them when they are first used, not at import.
+    """
 
     name = "sim"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 from collections import namedtuple
@@ -186,6 +187,19 @@ class AcceleratorConformance:
         move, batch = accelerator.batch_mover(device), [torch.ones(2, device=device)]
         assert move is None or move(batch)[0] is batch[0]
 
+    def test_what_is_moved_beside_the_computation_arrives_whole(self) -> None:
+        accelerator, device = self.ready()
+        begin = accelerator.background_mover(device)
+        if begin is None:
+            return
+        batches = [[torch.full((64,), float(number))] for number in range(4)]
+        begun = [begin(batch) for batch in batches]
+        begun.pop(0)  # one is dropped
+        for number, ready in enumerate(begun, 1):
+            (moved,) = ready()
+            assert moved.device == device
+            assert (2 * moved).tolist() == [2.0 * number] * 64
+
     def test_double_precision_is_what_it_says(self) -> None:
         accelerator, device = self.ready()
         module, batch = nn.Linear(1, 1).double(), torch.ones(1, dtype=torch.float64)
@@ -245,6 +259,17 @@ class AcceleratorConformance:
         accelerator = self.plugin()()
         shares = [accelerator.threads_per_rank(ranks) for ranks in (1, 2, 1000)]
         assert all(share is None or (type(share) is int and share >= 1) for share in shares), shares
+
+    def test_a_rank_keeps_to_cores_that_it_may_use(self) -> None:
+        if not hasattr(os, "sched_getaffinity"):
+            pytest.skip("this system does not bind processes to cores")
+        accelerator, allowed = self.plugin()(), os.sched_getaffinity(0)
+        for rank in range(2):
+            cores = accelerator.cores_of_rank(rank, 2)
+            assert cores is None or (cores and cores <= allowed), cores
+
+    def test_it_has_no_advice_on_errors_that_are_not_its_own(self) -> None:
+        assert self.plugin()().advice(KeyError("x")) == ""
 
     def test_it_travels_to_other_processes(self) -> None:
         accelerator, device = self.ready()

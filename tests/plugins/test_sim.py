@@ -277,10 +277,10 @@ def test_a_checkpoint_holds_no_tensor_of_the_device(tmp_path: Path) -> None:
         "    if isinstance(value, torch.Tensor): yield value.device.type\n"
         "    elif isinstance(value, dict): yield from (d for v in value.values() for d in devices(v))\n"
         "    elif isinstance(value, (list, tuple)): yield from (d for v in value for d in devices(v))\n"
-        "print(set(devices(read)), sorted(read['lightlite']['window'][0]), 'sim_accelerator' in sys.modules)\n"
+        "print(set(devices(read)), 'gradients' in read['lightlite']['window'][0], 'sim_accelerator' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "half.ckpt")], capture_output=True, text=True)
-    assert done.stdout == "{'cpu'} ['gradients', 'micro_batch'] False\n", done.stderr
+    assert done.stdout == "{'cpu'} True False\n", done.stderr
 
 
 def test_the_devices_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:

@@ -479,3 +479,10 @@ def test_a_forgotten_move_fails(what: str, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(*FORGOTTEN[what])
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device, but found cpu, sim:0"):
         trainer(accumulate_grad_batches=2, max_epochs=3).fit(net(), loader(), ckpt_path=path)
+
+
+def test_the_optimizers_state_leaves_the_device_with_the_module() -> None:
+    run, module = trainer(max_epochs=1), net()
+    run.fit(module, loader())
+    states = run.optimizers[0].state.values()
+    assert {value.device for state in states for value in state.values()} == {CPU}

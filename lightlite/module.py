@@ -60,8 +60,10 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
             compile_steps(self, state["_compiled_steps"], state["_compiler"])
 
     def attach(self, trainer: Trainer | None, recorder: Recorder | None) -> None:
-        """Make a trainer and its recorder known to the module; the trainer calls it."""
-        self.__dict__["_trainer"], self.__dict__["_recorder"] = trainer, recorder
+        """Make a trainer and its recorder known to the module, and to those within it; the trainer calls it."""
+        for module in self.modules():
+            if isinstance(module, LightningModule):
+                module.__dict__["_trainer"], module.__dict__["_recorder"] = trainer, recorder
 
     @property
     def trainer(self) -> Trainer:
@@ -79,7 +81,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
-        self.__dict__["_trainer"] = trainer
+        self.attach(trainer, self.__dict__["_recorder"])
 
     @property
     def fabric(self) -> Any:

@@ -123,11 +123,12 @@ class Entry:
         return Share(self.reduce, float(self.total), self.weight, *flags)
 
     def step_value(self) -> Any:
-        """The latest step's value, a number or a tensor of one element."""
-        if self.metric is None:
-            return self.latest
-        cached = getattr(self.metric, "_forward_cache", None)
-        return self.metric.compute() if cached is None else cached
+        """The latest step's value, a number or a tensor of one element.
+
+        None where a Metric was only updated, not called: it has no value of the batch, and computing the one of all
+        batches so far would be a collective.
+        """
+        return self.latest if self.metric is None else getattr(self.metric, "_forward_cache", None)
 
 
 def combine(shares: Sequence[Share], function: Callable[[Any], Any] | None = None) -> float:

@@ -202,7 +202,7 @@ class Recorder:
         With several ranks these are the values over all ranks: what one process would log.
         """
         assert self.active is not None
-        entries = [entry for entry in self.active.entries.values() if entry.on_step]
+        entries = [entry for entry in self.active.entries.values() if entry.on_step and entry.step_value() is not None]
         values = numbers([entry.step_value() for entry in entries])
         if distributed.world_size() > 1:
             shares = {
@@ -228,7 +228,8 @@ class Recorder:
 
     def _fresh_steps(self) -> list[Entry]:
         assert self.active is not None
-        return [entry for entry in self.active.entries.values() if entry.on_step and entry.fresh]
+        entries = [entry for entry in self.active.entries.values() if entry.on_step and entry.fresh]
+        return [entry for entry in entries if entry.step_value() is not None]
 
     def _publish_step(self, entry: Entry, value: Any) -> None:
         tensor = torch.as_tensor(value).detach().reshape(())
@@ -246,10 +247,8 @@ class Recorder:
         if self.active is None:
             return
         for entry in self.active.entries.values():
-            if entry.fresh and entry.on_step:
-                # A metric without a value of its own for the batch computes one over all ranks, who are not here now.
-                if getattr(entry.metric, "_forward_cache", entry.latest) is not None:
-                    self._publish_step(entry, entry.step_value())
+            if entry.fresh and entry.on_step and (value := entry.step_value()) is not None:
+                self._publish_step(entry, value)
             elif entry.fresh and entry.metric is None and entry.place.hook in EPOCH_HOOKS:
                 self._publish_step(entry, entry.latest)
 

@@ -531,3 +531,28 @@ def test_a_metric_object_is_logged_by_what_it_computes(tmp_path: Path) -> None:
 
     _, logger = fit_logging(tmp_path, WithMetric(), [regression_loader(1), regression_loader(3)], max_epochs=2)
     assert logger.history("average") == [(0, 1.0), (1, 1.0)]
+
+
+def test_a_metric_that_is_only_updated_has_no_value_of_the_step(tmp_path: Path) -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class WithMetrics(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.updated = torchmetrics.MeanMetric(), torchmetrics.MeanMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.called(float(batch_idx))
+            self.updated.update(float(batch_idx))
+            self.log("called", self.called, on_step=True, on_epoch=True)
+            self.log("updated", self.updated, on_step=True, on_epoch=True)
+            return self.loss(batch)
+
+    trainer, logger = fit_logging(tmp_path, WithMetrics(), (regression_loader(2),), max_epochs=1)
+
+    assert [sorted(metrics) for _, metrics in logger.rows] == [
+        ["called_step", "epoch"],
+        ["called_step", "epoch"],
+        ["called_epoch", "epoch", "updated_epoch"],
+    ]
+    assert floats(trainer.callback_metrics)["updated"] == 0.5

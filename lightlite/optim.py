@@ -214,11 +214,6 @@ def _schedulers(given: Sequence[Any], monitor: str | None, optimizers: list[Opti
             )
         if isinstance(config.scheduler, ReduceLROnPlateau):
             config.reduce_on_plateau = True
-        if config.reduce_on_plateau and config.monitor is None:
-            raise MisconfigurationException(
-                "configure_optimizers returned ReduceLROnPlateau without saying what it watches; return "
-                "{'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'monitor': 'val_loss'}}"
-            )
         owner = getattr(config.scheduler, "optimizer", None)
         if isinstance(config.scheduler, LRScheduler) and not any(owner is optimizer for optimizer in optimizers):
             raise MisconfigurationException(
@@ -227,6 +222,19 @@ def _schedulers(given: Sequence[Any], monitor: str | None, optimizers: list[Opti
             )
         configs.append(config)
     return configs
+
+
+def check_monitors(configs: Iterable[LRSchedulerConfig]) -> None:
+    """See that each scheduler which watches a value says which, as those have to that the user does not step.
+
+    Raises:
+        MisconfigurationException: Saying how to say it.
+    """
+    if any(config.reduce_on_plateau and config.monitor is None for config in configs):
+        raise MisconfigurationException(
+            "configure_optimizers returned ReduceLROnPlateau without saying what it watches; return "
+            "{'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'monitor': 'val_loss'}}"
+        )
 
 
 def _scheduler_from_dict(given: dict[str, Any], monitor: str | None) -> LRSchedulerConfig:

@@ -19,9 +19,10 @@ from lightlite.datamodule import LightningDataModule
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import DataHooks, HookTable, is_overridden
+from lightlite.loggers import WandbLogger
 from lightlite.loops.preemption import Preemption
 from lightlite.module import LightningModule
-from lightlite.optim import LightningOptimizer, configure, follow_parameters
+from lightlite.optim import LightningOptimizer, check_monitors, configure, follow_parameters
 from lightlite.profilers import PassThroughProfiler
 from lightlite.progress import STAGES, TrainerFn, TrainerStatus
 from lightlite.utilities.rank_zero import rank_zero_warn
@@ -147,6 +148,8 @@ def _set_up(
     hooks = trainer.hooks = HookTable(trainer, module, trainer.callbacks, Callback, LightningModule)
     datamodule = source.datamodule
     _prepare_data(trainer, module, datamodule)
+    if not for_trial:
+        _begin_experiments(trainer)
     if datamodule is not None:
         _recorded(trainer, datamodule, "setup")(fn)
     for call in (*hooks.of_callbacks("setup"), *hooks.of_module("setup")):
@@ -191,6 +194,12 @@ def _recorded(trainer: Trainer, owner: LightningModule | LightningDataModule, na
     return trainer.profiler.wrap(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
 
 
+def _begin_experiments(trainer: Trainer) -> None:
+    """Have the loggers' runs begin before a hook may look for them; W&B's first, which then sees TensorBoard's."""
+    for logger in sorted(trainer.loggers, key=lambda logger: not isinstance(logger, WandbLogger)):
+        _ = logger.experiment
+
+
 def _prepare_data(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
     for owner in (datamodule, module):
         if owner is not None and is_overridden("prepare_data", owner, DataHooks):
@@ -210,6 +219,8 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
             "optimization cannot tell when to step; set self.automatic_optimization = False in __init__ and step "
             "them in training_step"
         )
+    if module.automatic_optimization:
+        check_monitors(schedulers)
     trainer.lr_scheduler_configs = schedulers
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]
     for wrapped in trainer.wrapped_optimizers:

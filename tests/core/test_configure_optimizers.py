@@ -339,3 +339,17 @@ def test_lr_schedulers_of_manual_optimization_are_left_to_the_user(tmp_path: Pat
     module: pl.LightningModule = Manual(lambda module, optimizer: ([optimizer], [halving(optimizer)]))
     trainer.fit(module, regression_loader(1))
     assert callback.values == [1.0, 1.0, 1.0]
+
+
+def test_reduce_on_plateau_needs_no_monitor_where_the_user_steps_it(tmp_path: Path) -> None:
+    class Stepping(Configured):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.lr_schedulers().step(1.0)
+
+    callback = LearningRates()
+    module = Stepping(lambda _, optimizer: ([optimizer], [ReduceLROnPlateau(optimizer, factor=0.5, patience=0)]))
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, regression_loader(3))
+
+    assert callback.values == [1.0, 1.0, 0.5]

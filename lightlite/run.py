@@ -211,6 +211,8 @@ class Run(TrainerFacts):
         if self.is_global_zero:
             for logger in self.loggers:
                 logger.log_metrics(metrics=values, step=step)
+                if not logger.saves_by_itself:
+                    logger.save()
 
     def log_hyperparameters(self) -> None:
         """Hand the hyper-parameters of the module and the data module to the loggers."""

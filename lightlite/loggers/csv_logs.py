@@ -38,6 +38,7 @@ class ExperimentWriter:
         self.log_dir = log_dir
         self.metrics: list[dict[str, Any]] = []
         self.hparams: dict[str, Any] = {}
+        self._hparams_wait = False
         self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
         files.make_folder(log_dir)
         files.remove(f"{self.metrics_file_path}.tmp")  # half a file of a killed run
@@ -52,11 +53,13 @@ class ExperimentWriter:
     def log_hparams(self, params: Mapping[str, Any]) -> None:
         """Add to the hyper-parameters."""
         self.hparams.update(params)
+        self._hparams_wait = True
 
     def save(self) -> None:
-        """Append the collected rows to the file."""
-        if self.hparams:
+        """Append the collected rows to the file, and write the hyper-parameters where there are new ones."""
+        if self._hparams_wait:
             write_hparams(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
+            self._hparams_wait = False
         if not self.metrics:
             return
         names = set().union(*self.metrics)
@@ -114,6 +117,8 @@ class CSVLogger(VersionedLogger):
         prefix: Put before every value's name, with a "-".
         flush_logs_every_n_steps: Rows are written each time that many steps are complete, and at the end.
     """
+
+    saves_by_itself = True
 
     def __init__(
         self,

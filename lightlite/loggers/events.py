@@ -8,6 +8,7 @@ TensorBoard reads as one with those before it, in the order of their names.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 from itertools import chain
@@ -61,7 +62,7 @@ class EventFiles:
     def _paths(self, prefix: str = _PREFIX) -> dict[str, list[str]]:
         found = {}
         for folder, _, names in os.walk(self._folder):
-            paths = [os.path.join(folder, name) for name in sorted(names) if name.startswith(prefix)]
+            paths = [os.path.join(folder, name) for name in sorted(names, key=_in_turn) if name.startswith(prefix)]
             if paths:
                 found[os.path.relpath(folder, self._folder)] = paths
         return found
@@ -82,3 +83,8 @@ class EventFiles:
                     break
                 ends.append(end)
         return ends or [0]
+
+
+def _in_turn(name: str) -> list[int | str]:
+    """By what a file's name is sorted: the time it was made at, then the process's number and its own in that."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -32,6 +32,8 @@ class Logger(ABC):
 
     LOGGER_JOIN_CHAR = "-"
     """Stands between a prefix and a value's name."""
+    saves_by_itself = False
+    """Whether `log_metrics` sees to it that values reach the disk; otherwise the Trainer calls `save` after it."""
     _prefix = ""
 
     @property

@@ -48,6 +48,7 @@ class TensorBoardLogger(VersionedLogger):
     """
 
     NAME_HPARAMS_FILE = "hparams.yaml"
+    saves_by_itself = True
 
     def __init__(
         self,

@@ -64,13 +64,11 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             "loggers": [logger.position() for logger in trainer.loggers] if trainer.is_global_zero else [],
             "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         }
-    if module.hparams:
-        checkpoint["hparams_name"] = module._hparams_name
-        checkpoint["hyper_parameters"] = _plain_hparams(module)
+    for owner in (module, datamodule):
+        if owner is not None and owner.hparams:
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = _plain_hparams(owner)
     if datamodule is not None:
-        if datamodule.hparams:
-            checkpoint["datamodule_hparams_name"] = datamodule._hparams_name
-            checkpoint["datamodule_hyper_parameters"] = _plain_hparams(datamodule)
         state = datamodule.state_dict()
         if state:
             checkpoint[type(datamodule).__qualname__] = state

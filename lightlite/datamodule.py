@@ -28,6 +28,10 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
     `val_dataloader`, `test_dataloader`, `predict_dataloader`. Semantics are those of Lightning 2.x.
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "datamodule_hparams_type"
+
     name: str | None = None
     """Anything; lightlite does not look at it."""
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 from lightlite.utilities.parsing import AttributeDict as AttributeDict
 from lightlite.utilities.parsing import get_init_args, instance_in_init
@@ -43,6 +43,13 @@ def given_hyperparameters(owner: type, values: Mapping[str, Any]) -> Iterator[No
 
 class HyperparametersMixin:
     """Gives a class `save_hyperparameters` and `hparams`."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    """Under which key a checkpoint has them."""
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
+    """Under which key it has the name of the argument of `__init__` that they were."""
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
+    """Accepted for compatibility: nothing is written under it."""
 
     _log_hyperparams: bool = False
     _hparams_name: str | None = None

@@ -7,10 +7,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightlite.callbacks.callback import Callback
 from lightlite.errors import MisconfigurationException
+from lightlite.utilities.enums import LightningEnum
 
 if TYPE_CHECKING:
     from lightlite.module import LightningModule
     from lightlite.trainer import Trainer
+
+
+class WriteInterval(LightningEnum):
+    """When a BasePredictionWriter writes."""
+
+    BATCH = "batch"
+    EPOCH = "epoch"
+    BATCH_AND_EPOCH = "batch_and_epoch"
+
+    @property
+    def on_batch(self) -> bool:
+        """Whether it writes at each batch."""
+        return self is not WriteInterval.EPOCH
+
+    @property
+    def on_epoch(self) -> bool:
+        """Whether it writes at the end of the epoch."""
+        return self is not WriteInterval.BATCH
 
 
 class BasePredictionWriter(Callback):
@@ -31,7 +50,7 @@ class BasePredictionWriter(Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__}(write_interval={write_interval!r}): give 'batch', 'epoch' or 'batch_and_epoch'"
             )
-        self.interval = write_interval
+        self.interval = WriteInterval(write_interval)
 
     def write_on_batch_end(
         self,
@@ -84,12 +103,12 @@ class BasePredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write a batch, with interval "batch" or "batch_and_epoch"."""
-        if self.interval != "epoch":
+        if self.interval.on_batch:
             indices = trainer.predict_loop.current_batch_indices
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write all, with interval "epoch" or "batch_and_epoch"."""
-        if self.interval != "batch":
+        if self.interval.on_epoch:
             loop = trainer.predict_loop
             self.write_on_epoch_end(trainer, pl_module, loop.predictions, loop.epoch_batch_indices)

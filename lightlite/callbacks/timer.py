@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightlite.callbacks.callback import Callback, StepOutput
 from lightlite.errors import MisconfigurationException
 from lightlite.progress import RunningStage
+from lightlite.utilities.enums import LightningEnum
 from lightlite.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY = 1.0
 """Seconds: the ranks agree on the time left no more often than this, except towards its end."""
+
+
+class Interval(LightningEnum):
+    """How often a Timer looks."""
+
+    step = "step"
+    epoch = "epoch"
 
 
 class Timer(Callback):
@@ -38,7 +46,7 @@ class Timer(Callback):
     def __init__(
         self,
         duration: str | timedelta | dict[str, int] | None = None,
-        interval: str = "step",
+        interval: str = Interval.step,
         verbose: bool = True,
     ) -> None:
         if interval not in ("step", "epoch"):

@@ -86,7 +86,9 @@ FABRIC_MODULES = """
     accelerators accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps accelerators.registry
     fabric
     loggers loggers.csv_logs loggers.logger loggers.tensorboard
-    plugins plugins.environments plugins.io plugins.io.checkpoint_io plugins.io.torch_io plugins.precision
+    plugins plugins.environments plugins.environments.cluster_environment plugins.environments.kubeflow
+    plugins.environments.lsf plugins.environments.mpi plugins.environments.slurm plugins.environments.torchelastic
+    plugins.io plugins.io.checkpoint_io plugins.io.torch_io plugins.precision
     plugins.precision.amp plugins.precision.double plugins.precision.half plugins.precision.precision
     strategies strategies.ddp strategies.registry strategies.single_device strategies.strategy
     utilities utilities.apply_func utilities.cloud_io utilities.data utilities.device_dtype_mixin
@@ -104,6 +106,7 @@ FABRIC = Tree(
         "utilities.device_dtype_mixin": "module",
         "utilities.exceptions": "errors",
         "utilities.logger": "loggers.logger",
+        "utilities.spike": "callbacks.spike",
         "wrappers": "fabric",
     },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 _BASES = {"LightningModule", "LightningDataModule", "Callback"}
 
 
-def is_overridden(method_name: str, instance: object, parent: type | None = None) -> bool:
+def is_overridden(method_name: str, instance: object = None, parent: type | None = None) -> bool:
     """Whether `instance` has its own method instead of `parent`'s, by subclassing or by assignment.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,78 @@ def test_bad_input_leaves_the_trainer_usable(tmp_path: Path) -> None:
         trainer.fit(Incomplete(), regression_loader(1))
     trainer.fit(Net(), regression_loader(2))
     assert trainer.global_step == 2
+
+
+class Calling(Net):
+    """Calls a function of the module and the hook's name in a hook."""
+
+    def __init__(self, hook: str, call: Callable[[Any], Any]) -> None:
+        super().__init__()
+        setattr(self, hook, lambda *_: call(self))
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "fragments"),
+    [
+        ("on_train_batch_start", lambda module: module.log(3, 1.0), ["name 3", "give a string"]),
+        (
+            "on_train_epoch_end",
+            lambda module: module.log("x", 1.0, on_step=True),
+            ["self.log('x', on_step=True, on_epoch=None)", "inside on_train_epoch_end", "leave on_step and on_epoch"],
+        ),
+        (
+            "configure_optimizers",
+            lambda module: {
+                "optimizer": (sgd := torch.optim.SGD(module.parameters(), lr=0.1)),
+                "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(sgd, 1), "interval": "batch"},
+            },
+            ["interval='batch'", "'epoch', 'step'"],
+        ),
+    ],
+    ids=["a name that is none", "on_step at an epoch's end", "a scheduler's interval"],
+)
+def test_wrong_use_within_hooks(tmp_path: Path, hook: str, call: Callable[[Any], Any], fragments: list[str]) -> None:
+    with pytest.raises(MisconfigurationException) as caught:
+        quiet_trainer(tmp_path).fit(Calling(hook, call), regression_loader(1))
+    assert_mentions(caught.value, *fragments)
+
+
+class Forgetful(pl.callbacks.EMAWeightAveraging):
+    """Overrides a hook without calling what it overrides."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (
+            lambda folder: quiet_trainer(folder).test(Net(), regression_loader(1), ckpt_path="best"),
+            ["Trainer.test(ckpt_path='best')", "no fit of this Trainer has written a checkpoint", "give a path"],
+        ),
+        (
+            lambda folder: quiet_trainer(folder, callbacks=Forgetful()).fit(Net(), regression_loader(1)),
+            ["Forgetful has no average", "super().on_fit_start(trainer, pl_module)"],
+        ),
+        (
+            lambda folder: pl.callbacks.ProgressBar().disable(),
+            ["ProgressBar lacks disable()"],
+        ),
+        (
+            lambda folder: pl.profilers.PyTorchProfiler(rows=3),
+            ["PyTorchProfiler got rows=3", "activities", "with_stack"],
+        ),
+        (lambda folder: pl.seed_everything(-1), ["-1", "NumPy accepts seeds from 0 to 4294967295"]),
+        (
+            lambda folder: pl.accelerators.AcceleratorRegistry.register("cpu", pl.accelerators.CPUAccelerator),
+            ["'cpu' is registered already", "override=True"],
+        ),
+        (lambda folder: quiet_trainer(folder, timeout=0), ["timeout=0", "more than 0 seconds", "None"]),
+    ],
+    ids=["best", "WeightAveraging", "ProgressBar", "PyTorchProfiler", "a seed", "a registry", "timeout"],
+)
+def test_wrong_use_of_one_feature(tmp_path: Path, call: Callable[[Path], Any], fragments: list[str]) -> None:
+    with pytest.raises((MisconfigurationException, NotImplementedError, ValueError)) as caught:
+        call(tmp_path)
+    assert_mentions(caught.value, *fragments)

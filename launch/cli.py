@@ -50,15 +50,16 @@ class _List(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from lightlite.registry import AcceleratorRegistry, StrategyRegistry
 
+        width = max(map(len, [*AcceleratorRegistry, *StrategyRegistry])) + 2
         lines = ["accelerators:"]
-        for name in AcceleratorRegistry.names():
+        for name in AcceleratorRegistry:
             reason = AcceleratorRegistry.unavailable_reason(name)
             here = f"not here: {reason}" if reason else "available here"
-            lines.append(f"  {name:<34}{'; '.join(filter(None, (AcceleratorRegistry.describe(name), here)))}")
+            lines.append(f"  {name:<{width}}{'; '.join(filter(None, (AcceleratorRegistry.describe(name), here)))}")
         lines.append("strategies:")
-        for name in StrategyRegistry.names():
+        for name in StrategyRegistry:
             reason = StrategyRegistry.unavailable_reason(name)
-            lines.append(f"  {name:<34}{f'not here: {reason}' if reason else StrategyRegistry.describe(name)}")
+            lines.append(f"  {name:<{width}}{f'not here: {reason}' if reason else StrategyRegistry.describe(name)}")
         sys.stdout.write("\n".join(lines) + "\n")
         parser.exit(0)
 

@@ -58,7 +58,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["lightlite"] |= {
             "progress": trainer.progress.state_dict(),
             "random": distributed.gather_objects(_random_states(trainer)),
-            "window": distributed.gather_objects(trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}),
+            "window": _windows(trainer),
             "results": distributed.gather_objects(_results(trainer)),
             "strategy": distributed.gather_objects(trainer.strategy.state_dict(trainer.optimizers)),
             "loggers": [logger.position() for logger in trainer.loggers] if trainer.is_global_zero else [],
@@ -120,6 +120,19 @@ def _random_states(trainer: Trainer) -> dict[str, Any]:
         "device": trainer.strategy.accelerator.random_state(device),
         "device_type": device.type,
     }
+
+
+def _windows(trainer: Trainer) -> list[dict[str, Any]]:
+    """Each rank's open accumulation window; only one where their gradients are averaged already."""
+    window = trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}
+    if not trainer.strategy.spreads:
+        return distributed.gather_objects(window)
+    if window and not window["gradients"]:
+        raise CheckpointError(
+            "a checkpoint cannot be taken in the middle of an accumulation whose gradients are not averaged yet; give "
+            "the strategy sync_each_batch=True, or save after an optimizer step"
+        )
+    return [window]
 
 
 def _results(trainer: Trainer) -> dict[str, Any]:
@@ -251,7 +264,7 @@ class Restorer:
         self._trainer, self._module, self._datamodule, self._path = trainer, module, datamodule, path
         self._checkpoint: dict[str, Any] | None = None
         if path is not None:
-            self._checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path)
+            self._checkpoint = trainer.strategy.load_checkpoint(path)
 
     def restore_module(self) -> None:
         """Put back the module's weights, the data module and the callbacks.
@@ -362,12 +375,11 @@ class Restorer:
     def _restore_window(self, windows: list[dict[str, Any]]) -> None:
         """Gradients of an open accumulation window; with another number of ranks, their mean."""
         trainer = self._trainer
-        if len(windows) == trainer.world_size or not windows[0]:
-            trainer.resumed_window = windows[trainer.global_rank] if len(windows) > trainer.global_rank else {}
-            return
-        names = windows[0]["gradients"]
-        mean = {name: sum(window["gradients"][name] for window in windows) / len(windows) for name in names}
-        trainer.resumed_window = {**windows[0], "gradients": mean}
+        if len(windows) > 1 and windows[0] and (trainer.strategy.spreads or len(windows) != trainer.world_size):
+            names = windows[0]["gradients"]
+            mean = {name: sum(window["gradients"][name] for window in windows) / len(windows) for name in names}
+            windows = [{**windows[0], "gradients": mean}]
+        trainer.resumed_window = windows[trainer.global_rank if len(windows) == trainer.world_size else 0]
 
     def _restore_strategy(self, states: list[dict[str, Any]]) -> None:
         """What each rank alone knew."""

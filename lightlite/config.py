@@ -156,11 +156,13 @@ def choose_hardware(
     if len(writers) > 1:
         raise MisconfigurationException(f"plugins={writers!r}: give one CheckpointIO")
     policy.checkpoint_io = writers[0] if writers else TorchCheckpointIO()
+    found = type(chosen).get_parallel_devices(ids)
+    policy.precision = _precision(precision, extras, found[0].type)
     return Hardware(
         accelerator=chosen,
         strategy=policy,
-        precision=_precision(precision, extras, type(chosen).get_parallel_devices(ids)[0].type),
-        devices=type(chosen).get_parallel_devices(ids),
+        precision=policy.precision,
+        devices=found,
         device_ids=ids,
         ranks=ranks,
         num_nodes=ranks.num_nodes,

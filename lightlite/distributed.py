@@ -97,6 +97,8 @@ def join(ranks: Ranks, backend: str, timeout: timedelta = DEFAULT_TIMEOUT) -> bo
     if ranks.store is not None:
         host, port = ranks.store
         store = dist.TCPStore(host, port, ranks.world_size, is_master=False, timeout=patience)
+    elif ranks.world_size == 1:
+        store = dist.HashStore()
     else:
         found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
         # the launcher's store outlives the group, whose addresses the next group must not find there

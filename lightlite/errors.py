@@ -98,7 +98,8 @@ class RankTimeoutError(RankFailedError, TimeoutError):
 
 
 LEFT_OUT = {
-    r"fsdp|fully.?sharded|model_?parallel": "FSDP and model parallelism are not in lightlite yet",
+    r"fsdp.?precision|fsdp.?mixedprecision": "it is left out of lightlite, whose FSDPStrategy follows "
+    "Trainer(precision=…), or its own mixed_precision",
     r"xla|(?<!ou)tpu": "TPUs and XLA are left out of lightlite",
     r"deepspeed": "DeepSpeed is left out of lightlite",
     r"bitsandbytes|nf4|fp4|int8": "bitsandbytes is left out of lightlite",

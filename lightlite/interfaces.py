@@ -9,7 +9,7 @@ knows who started this process. The core knows these five and no implementation 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -222,6 +222,28 @@ class CheckpointIO(ABC):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint; nothing happens where there is none."""
 
+    def open_checkpoint(self, path: Any) -> dict[str, Any]:
+        """Read what was saved, for a rank that needs parts of it only.
+
+        Returns:
+            What `load_checkpoint` returns; but of what `save_shards` has written, each tensor may be an object with
+            `shape` and `dtype` which reads a part of it when it is indexed by a tuple of slices.
+        """
+        return self.load_checkpoint(path)
+
+    def save_shards(self, checkpoint: dict[str, Any], path: Any, write: Callable[[dict[str, Any], str], None]) -> None:
+        """Save a checkpoint of whose tensors each rank has a part. Called on every rank.
+
+        Args:
+            checkpoint: As for `save_checkpoint`, the same nest on every rank.
+            path: Path of the folder that it becomes.
+            write: Writes a nest of tensors into a folder that is there; every rank has to call it.
+        """
+        raise MisconfigurationException(
+            f"{type(self).__name__} saves what rank zero hands it, and cannot save shards; give the strategy "
+            "state_dict_type='full', or leave the CheckpointIO out"
+        )
+
     def then(self, action: Callable[[], None]) -> None:
         """Do something with files as soon as what was saved before is on disk; by default it is by now."""
         action()
@@ -261,6 +283,7 @@ class Strategy(ABC):
         plugins: What was given to the strategy of what is else given as `Trainer(plugins=…)`.
         after_step: What has to follow every optimizer step, on every rank; None for nothing. Set by `setup`, for
             automatic optimization.
+        precision: The format of numbers.
     """
 
     name: ClassVar[str]
@@ -271,8 +294,13 @@ class Strategy(ABC):
     """Whether gradients may be averaged by `sync_gradients` in a step for which some ranks have no batch, which run
     nothing of the module then."""
 
+    precision: Precision = Precision()
     launcher: ClassVar[str | None] = None
     """Registered name of the launcher that makes the ranks where nobody has made them; None: one process."""
+
+    spreads: ClassVar[bool] = False
+    """Whether each rank holds a part of every parameter only, so that running the module takes all ranks, its gradients
+    are averaged as soon as they are there, and it cannot be copied."""
 
     timeout: timedelta = distributed.DEFAULT_TIMEOUT
 
@@ -288,6 +316,10 @@ class Strategy(ABC):
 
     def disconnect(self) -> None:
         """Undo `connect`."""
+
+    def configuring(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A block, before `setup`, in which the module's `configure_model` runs."""
+        return nullcontext()
 
     @abstractmethod
     def setup(self, module: nn.Module, training: bool) -> Callable[..., Any] | None:
@@ -318,6 +350,9 @@ class Strategy(ABC):
             what it returns will be in sync; and which has `no_sync()`, the context in which they stay local.
         """
         return module
+
+    def unwrap(self, wrapper: nn.Module) -> None:
+        """Make the module of a user's own loop the bare one again, as the ranks are about to part."""
 
     def teardown(self) -> None:
         """Release the wrapper and the device; the module is the user's bare one again, in the host's memory."""
@@ -354,8 +389,20 @@ class Strategy(ABC):
     def load_state_dict(self, state: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
         """Put back what `state_dict` returned, after `setup` and `load_optimizer_state`."""
 
+    def evaluation_step(self, name: str) -> Callable[..., Any]:
+        """The function that runs the module's method of that name to evaluate it."""
+        return getattr(self.module, name)  # type: ignore[no-any-return]
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A block in which ranks evaluate different numbers of batches, or none."""
+        return nullcontext()
+
+    def part(self, tensor: Any, parameter: Tensor) -> Tensor:
+        """What this rank holds of `tensor`, which is of a parameter's shape: as that is held, and where."""
+        return tensor.to(parameter.device, parameter.dtype)  # type: ignore[no-any-return]
+
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state, as one process would have it."""
+        """The optimizer's state, as one process would have it; `whole` puts together what is spread."""
         return optimizer.state_dict()
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -363,12 +410,26 @@ class Strategy(ABC):
         optimizer.load_state_dict(state)
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The bare module's whole state, with the names the user gave."""
+        """The bare module's state, with the names the user gave; see `optimizer_state_dict`."""
         return self.module.state_dict()
 
-    def load_module_state(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Put back `module_state_dict`."""
-        self.module.load_state_dict(state, strict=strict)
+    def load_module_state(self, state: Mapping[str, Any], strict: bool = True, module: nn.Module | None = None) -> None:
+        """Put back `module_state_dict`, of the module (None: that of `setup`, before which it may be called, too)."""
+        (self.module if module is None else module).load_state_dict(state, strict=strict)
+
+    def whole(self, state: Any) -> Any:
+        """A nest, put together of what is spread over the ranks: on rank zero. A collective call."""
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write what a checkpoint holds. Called on every rank, with the same nest; see `CheckpointIO`."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+        self.barrier("save_checkpoint")
+
+    def load_checkpoint(self, path: Any) -> dict[str, Any]:
+        """Read what was written, for the `load_…` methods above."""
+        return self.checkpoint_io.load_checkpoint(path)
 
     def clip_gradients(
         self,

@@ -128,6 +128,12 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, HyperparametersMix
         return trainer.local_rank if trainer is not None else 0
 
     @property
+    def device_mesh(self) -> Any:
+        """The ranks as a `DeviceMesh`, for `fully_shard` in `configure_model`; None where the strategy has none."""
+        trainer = self.__dict__.get("_trainer")
+        return getattr(trainer.strategy, "device_mesh", None) if trainer is not None else None
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the module is on another device than the CPU."""
         return self.device.type != "cpu"

@@ -13,7 +13,6 @@ import torch
 from lightlite import storage
 from lightlite.errors import CheckpointError
 from lightlite.interfaces import CheckpointIO
-from lightlite.utilities import files
 
 
 class TorchCheckpointIO(CheckpointIO):
@@ -37,9 +36,18 @@ class TorchCheckpointIO(CheckpointIO):
         """Read the file; see `storage.read`."""
         return storage.read(path, "cpu" if map_location is None else map_location)
 
+    def open_checkpoint(self, path: Any) -> dict[str, Any]:
+        """Read the file; of a folder, leave what is in the shards there; see `storage.open_folder`."""
+        is_folder = not storage.is_url(path) and storage.local_path(path).is_dir()
+        return storage.open_folder(path) if is_folder else storage.read(path)
+
+    def save_shards(self, checkpoint: dict[str, Any], path: Any, write: Callable[[dict[str, Any], str], None]) -> None:
+        """Write a folder; see `storage.write_folder`."""
+        storage.write_folder(checkpoint, path, write)
+
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the file, or the folder."""
-        files.remove(path)
+        storage.remove(path)
 
     def damage(self, path: Any) -> str | None:
         """See `storage.damage`."""
@@ -90,6 +98,16 @@ class AsyncCheckpointIO(CheckpointIO):
         """Read what was saved, when all is written."""
         self.wait()
         return self.checkpoint_io.load_checkpoint(path, map_location, weights_only)
+
+    def open_checkpoint(self, path: Any) -> dict[str, Any]:
+        """Read what was saved, when all is written."""
+        self.wait()
+        return self.checkpoint_io.open_checkpoint(path)
+
+    def save_shards(self, checkpoint: dict[str, Any], path: Any, write: Callable[[dict[str, Any], str], None]) -> None:
+        """Write shards at once: training waits for them."""
+        self.wait()
+        self.checkpoint_io.save_shards(checkpoint, path, write)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a file, after what was saved before is written."""

@@ -1,23 +1,25 @@
-"""Checkpoint files: written whole or not at all, read without executing anything."""
+"""Checkpoint files and folders: written whole or not at all, read without executing anything."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import io
 import os
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from lightlite import archive
+from lightlite import archive, distributed, shards
 from lightlite.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from lightlite.utilities import files
 
@@ -94,9 +96,158 @@ def _lock(handle: int) -> bool:
 def _sweep(folder: Path) -> None:
     """Remove what writers left unfinished that were killed."""
     for path in folder.glob(f".*{UNFINISHED}"):
-        with suppress(OSError), path.open("rb") as file:
-            if _lock(file.fileno()):
-                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    files.remove(path)
+            finally:
+                os.close(handle)
+
+
+def write_folder(checkpoint: dict[str, Any], path: PathLike, write: Callable[[dict[str, Any], str], None]) -> None:
+    """Write a checkpoint of whose tensors each rank has a part: a folder, at any moment the former one or the new one.
+
+    A collective call. In the folder, "meta.pt" is a checkpoint file of all that is no tensor of a module or optimizer;
+    the others are `torch.distributed.checkpoint`'s.
+
+    Args:
+        checkpoint: The same nest on every rank.
+        path: A path that all ranks see. Missing folders are made.
+        write: Writes a nest of tensors into a folder; a collective call.
+
+    Raises:
+        CheckpointError: On every rank; naming the entry that is no plain data, or what the file system said.
+    """
+    if is_url(path):
+        raise CheckpointError(
+            f"a sharded checkpoint cannot be written to {path}: every rank writes into one folder, of a file system "
+            "that all of them see; give a path, or the strategy state_dict_type='full'"
+        )
+    tensors, rest = shards.split(plain(checkpoint))
+    target, zero = local_path(path), distributed.rank() == 0
+    with _by_rank_zero(_temporary_folder(target) if zero else nullcontext("")) as temporary:
+        try:
+            write(tensors, temporary)
+            failure = ""
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        failures = [found for found in distributed.gather_objects(failure) if found]
+        if zero and not failures:
+            failures = _finish_folder(rest, Path(temporary), target)
+        failures = distributed.broadcast_object(failures)
+    if failures:
+        raise CheckpointError(
+            f"the checkpoint {target} could not be written: {failures[0]}. What was there before is there still"
+        )
+
+
+@contextmanager
+def _by_rank_zero(making: AbstractContextManager[str]) -> Iterator[str]:
+    """What rank zero's context manager yields, on every rank.
+
+    Raises:
+        CheckpointError: On every rank, where it could not be made.
+    """
+    with ExitStack() as stack:
+        try:
+            found = (stack.enter_context(making), "")
+        except OSError as error:
+            found = ("", str(error))
+        made, failure = distributed.broadcast_object(found)
+        if failure:
+            raise CheckpointError(f"the checkpoint could not be written: {failure}")
+        yield made
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[str]:
+    """A folder beside `target` to write into, locked until that is done; removed if it is not renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target.parent)
+    path = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED)
+    os.chmod(path, 0o777 & ~_umask())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield path
+    finally:
+        os.close(handle)
+        files.remove(path)
+
+
+def _finish_folder(rest: dict[str, Any], temporary: Path, target: Path) -> list[str]:
+    """Write what is no shard, and give the folder its name; what kept it from that, if anything did."""
+    try:
+        write({**rest, TABLE_SUM: zlib.crc32((temporary / shards.TABLE).read_bytes())}, temporary / REST)
+        _sync_folder(temporary)
+        if os.path.lexists(target):
+            _exchange(temporary, target)
+        else:
+            os.rename(temporary, target)
+        _sync_folder(target.parent)
+    except (OSError, CheckpointError) as error:
+        return [str(error)]
+    return []
+
+
+REST, TABLE_SUM = "meta.pt", "lightlite_table_sum"
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Give two files or folders one another's name, at once where the system can do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
+        return
+    aside = tempfile.mkdtemp(dir=first.parent, prefix=f".{second.name}.", suffix=UNFINISHED)
+    os.rename(second, os.path.join(aside, "former"))
+    os.rename(first, second)
+    files.remove(aside)
+
+
+def remove(path: PathLike) -> None:
+    """Remove a checkpoint; a folder is there whole, or not at all under this name."""
+    if is_url(path) or os.path.islink(local_path(path)) or not local_path(path).is_dir():
+        files.remove(path)
+        return
+    folder = local_path(path)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}{UNFINISHED}")
+    os.rename(folder, aside)
+    files.remove(aside)
+
+
+def open_folder(path: PathLike) -> dict[str, Any]:
+    """Read a checkpoint that `write_folder` has written, but for its shards, in whose places are `shards.Stored`.
+
+    Raises:
+        CheckpointError: Where the folder is none.
+        CorruptCheckpointError: Where it is damaged, as far as that is seen without reading the shards.
+    """
+    folder = local_path(path)
+    if not (folder / REST).is_file():
+        raise CheckpointError(
+            f"{folder} is a folder without a {REST}, and no sharded checkpoint of a trainer; tensors that are in it "
+            "are read by torch.distributed.checkpoint"
+        )
+    rest = read(folder / REST)
+    kept = rest.pop(TABLE_SUM, None)
+    stored = shards.open_folder(folder)
+    if kept is not None and kept != zlib.crc32((folder / shards.TABLE).read_bytes()):
+        raise CorruptCheckpointError(f"{folder / shards.TABLE} is damaged: it does not have the checksum kept of it")
+    joined: dict[str, Any] = shards.join(rest, stored)
+    return joined
+
+
+def _whole(value: Any, map_location: Any) -> Any:
+    """A nest with the tensors that are in a folder read."""
+    if isinstance(value, shards.Stored):
+        return value.full_tensor().to(map_location)
+    if isinstance(value, dict):
+        return type(value)((key, _whole(item, map_location)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_whole(item, map_location) for item in value)
+    return value
 
 
 UNFINISHED = ".ckpt-tmp"
@@ -177,7 +328,7 @@ _PLAIN = {
 
 
 def read(path: PathLike | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint. Nothing in the file is executed.
+    """Read a checkpoint, a folder's whole. Nothing in it is executed.
 
     Args:
         path: A path, a URL that fsspec knows, or an open file.
@@ -200,7 +351,8 @@ def read(path: PathLike | IO[bytes], map_location: Any = "cpu") -> dict[str, Any
             raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from None
     source = local_path(path)
     if source.is_dir():
-        raise CheckpointError(f"{source} is a folder, not a checkpoint file")
+        whole: dict[str, Any] = _whole(open_folder(source), map_location)
+        return whole
     require(source)
     try:
         with source.open("rb") as file:
@@ -227,18 +379,20 @@ def _check_sums(file: Any, name: str) -> None:
 
 
 def damage(path: PathLike) -> str | None:
-    """What is wrong with a checkpoint, as far as its checksums tell; None for nothing.
-
-    Folders and URLs are not looked into.
-    """
-    if is_url(path) or local_path(path).is_dir():
+    """What is wrong with a checkpoint, as far as its checksums tell; None for nothing. URLs are not looked into."""
+    if is_url(path):
         return None
     try:
+        if local_path(path).is_dir():
+            open_folder(path)
+            for stored in shards.open_folder(local_path(path)).values():
+                stored.check()
+            return None
         with local_path(path).open("rb") as file:
             if not zipfile.is_zipfile(file):
                 return f"{path} is truncated, or no checkpoint at all"
             _check_sums(file, str(path))
-    except (OSError, CorruptCheckpointError) as error:
+    except (OSError, CheckpointError) as error:
         return str(error)
     return None
 
@@ -246,7 +400,9 @@ def damage(path: PathLike) -> str | None:
 def origin(path: PathLike) -> tuple[str, int]:
     """Which run of a Trainer wrote a checkpoint, and at which step; ("", -1) where it does not say."""
     try:
-        read = torch.load(local_path(path), map_location="meta", weights_only=True, mmap=True)
+        file = local_path(path)
+        file = file / REST if file.is_dir() else file
+        read = torch.load(file, map_location="meta", weights_only=True, mmap=True)
         return str(read["lightlite"]["run"]), int(read["global_step"])
     except Exception:  # a file of whatever kind, which is somebody else's
         return "", -1

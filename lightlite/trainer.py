@@ -512,7 +512,7 @@ class Trainer(Run):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint. Every rank has to call it; rank zero writes.
+        """Write a checkpoint. Every rank has to call it.
 
         Args:
             filepath: Path or URL.
@@ -525,9 +525,7 @@ class Trainer(Run):
             )
         with self.profiler.profile("save_checkpoint"):
             content = checkpoint.dump(self, bool(weights_only))
-            if self.is_global_zero:
-                self.strategy.checkpoint_io.save_checkpoint(content, filepath, storage_options)
-            self.strategy.barrier("save_checkpoint")
+            self.strategy.save_checkpoint(content, filepath, storage_options)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank zero only."""

@@ -63,6 +63,13 @@ STRATEGIES = Declared(
             }.items()
             for name in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
         },
+        "fsdp": ("lightlite.plugins.fsdp:FSDPStrategy", "parameters and optimizer states spread over the ranks", {}),
+        "fsdp_cpu_offload": (
+            "lightlite.plugins.fsdp:FSDPStrategy",
+            "fsdp that keeps them in the host's memory",
+            {"cpu_offload": True},
+        ),
+        "model_parallel": ("lightlite.plugins.fsdp:ModelParallelStrategy", "fsdp as configure_model says", {}),
     },
     groups={"auto": ("single", "ddp")},
     left_out=("deepspeed", "xla", "bagua", "colossalai", "horovod", "hivemind"),

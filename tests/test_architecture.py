@@ -276,7 +276,7 @@ PUBLIC = {
         AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler
     """,
     "lightlite.strategies": """
-        DDPStrategy SingleDeviceStrategy Strategy StrategyRegistry
+        DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy Strategy StrategyRegistry
     """,
     "lightlite.utilities": """
         AttributeDict CombinedLoader GradClipAlgorithmType LightningEnum MisconfigurationException Throughput

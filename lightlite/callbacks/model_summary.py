@@ -28,9 +28,11 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table, on rank zero."""
-        if not self._max_depth or not trainer.is_global_zero:
+        if not self._max_depth or not (trainer.is_global_zero or trainer.strategy.spreads):
             return
-        summary = Summary(pl_module, self._max_depth)
+        summary = Summary(pl_module, self._max_depth)  # which runs the module, where there is an example
+        if not trainer.is_global_zero:
+            return
         self.summarize(
             list(summary.columns().items()),
             summary.total_parameters,

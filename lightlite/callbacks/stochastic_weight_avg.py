@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable as Function
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -14,6 +13,7 @@ from torch.optim.swa_utils import SWALR
 
 from lightlite.callbacks.callback import Callback
 from lightlite.errors import MisconfigurationException
+from lightlite.utilities.model_helpers import copy_of_tensors
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightlite.utilities.types import LRSchedulerConfig
 
@@ -97,12 +97,12 @@ class StochasticWeightAveraging(Callback):
                 "where training_step itself steps the optimizers; WeightAveraging averages them instead"
             )
         self.swa_start = self._first_epoch(trainer.max_epochs)
-        self._average_model = deepcopy(pl_module).to(pl_module.device if self._device is None else self._device)
+        self._average_model = copy_of_tensors(pl_module).to(pl_module.device if self._device is None else self._device)
         if not self._restored:
             return
         self.n_averaged = torch.tensor(self._restored["n_averaged"])
         if self._restored["average_model_state"] is not None:
-            self._average_model.load_state_dict(self._restored["average_model_state"])
+            trainer.strategy.load_module_state(self._restored["average_model_state"], True, self._average_model)
         if self._restored["scheduler_state"] is not None:
             # Now, so that the optimizer's and the scheduler's own state are restored into what they were saved from.
             self._take_over(trainer)

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
 
 from lightlite.callbacks.callback import Callback, StepOutput
 from lightlite.errors import MisconfigurationException
+from lightlite.utilities.model_helpers import copy_of_tensors
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -78,9 +79,12 @@ class WeightAveraging(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the average as a copy of the module, which is whole and on its device by now, or go on with one."""
         device = pl_module.device if self._device is None else self._device
-        self._average_model = _Average(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
+        # What is spread over the ranks cannot be copied as a module.
+        copied = copy_of_tensors(pl_module) if trainer.strategy.spreads else pl_module
+        self._average_model = _Average(copied, device=device, use_buffers=self._use_buffers, **self._kwargs)
         if self._restored is not None:
-            self._average_model.load_state_dict(self._restored, strict=bool(pl_module.strict_loading))
+            strict = bool(pl_module.strict_loading)
+            trainer.strategy.load_module_state(self._restored, strict, self._average_model)
             self._restored = None
 
     def on_train_batch_end(

@@ -446,10 +446,7 @@ class Fabric(Place):
         self._take_place()
         if self._precision.scaler is not None:
             settle(self._precision.scaler, self._optimizers)
-        content = saving.collect(state, filter or {}, self.strategy)
-        if self.is_global_zero:
-            self.strategy.checkpoint_io.save_checkpoint(content, path)
-        self.strategy.barrier("save")
+        self.strategy.save_checkpoint(saving.collect(state, filter or {}, self.strategy), path)
 
     def load(
         self,
@@ -496,7 +493,7 @@ class Fabric(Place):
             weights_only: Accepted for compatibility; nothing in a file is ever executed.
         """
         self._take_place()
-        saving.put_back(unwrap(obj), self.strategy.checkpoint_io.load_checkpoint(path), strict, self.strategy)
+        saving.put_back(unwrap(obj), self.strategy.load_checkpoint(path), strict, self.strategy)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Hand a value to the loggers, on rank zero; see `log_dict`."""

@@ -253,9 +253,13 @@ def _run_in_place(
     try:
         fabric._connect(ranks)
         _start_alike()
-        return function(*args, **kwargs)
-    finally:
-        fabric._disconnect()
+        result = function(*args, **kwargs)
+    except BaseException:
+        with distributed.alone():  # others may be gone
+            fabric._disconnect()
+        raise
+    fabric._disconnect()
+    return result
 
 
 def _start_alike() -> None:

@@ -55,7 +55,7 @@ def restore(path: str | Path, state: Any, strict: bool, strategy: Strategy) -> d
             f"fabric.load({str(path)!r}, …) was given a {kind} as state; give a dict by name, as in "
             "{'model': model}; a file that holds nothing but one state-dict is for fabric.load_raw"
         )
-    content = strategy.checkpoint_io.load_checkpoint(path)
+    content = strategy.load_checkpoint(path)
     if not state:
         return content
     missing = [name for name in state if name not in content]
@@ -76,7 +76,7 @@ def restore(path: str | Path, state: Any, strict: bool, strategy: Strategy) -> d
 def put_back(thing: Any, kept: Any, strict: bool, strategy: Strategy) -> None:
     """Load the state-dict of one object."""
     if isinstance(thing, nn.Module):
-        thing.load_state_dict(kept, strict=strict)
+        strategy.load_module_state(kept, strict, thing)
     elif isinstance(thing, Optimizer):
         strategy.load_optimizer_state(thing, kept)
     else:

@@ -51,7 +51,7 @@ class _FabricModule(nn.Module):
 
     Attributes and methods are those of the module itself, which is `module`; parameters, buffers and the state have
     its names. Without gradients (`torch.no_grad`) the bare module runs, so that ranks may evaluate different numbers of
-    batches.
+    batches; where it is spread over the ranks, that takes `with fabric.strategy.evaluating():` around the loop.
 
     Args:
         forward_module: What the strategy made of the module.
@@ -110,7 +110,7 @@ class _FabricModule(nn.Module):
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of the module in the chosen precision, through the strategy's wrapper."""
-        if self._is_synced and torch.is_grad_enabled():
+        if self._is_synced and (torch.is_grad_enabled() or self._strategy.spreads):
             run: Callable[..., Any] = partial(self._wrapper, method)
         else:
             run = self._runs if method == "forward" else getattr(self._original_module, method)
@@ -157,7 +157,9 @@ class _FabricModule(nn.Module):
         return self._wrapper.no_sync() if self._is_synced else nullcontext()
 
     def unwrap(self) -> None:
-        """Go on without the strategy's wrapper: the ranks are no more."""
+        """Go on without the strategy's wrapper: the ranks are about to part."""
+        if self._is_synced:
+            self._strategy.unwrap(self._wrapper)
         self._forward_module = self._runs
         self.__dict__.update(_is_synced=False, _is_bare=self._is_plain, _wrapper=self._runs)
 

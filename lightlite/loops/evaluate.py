@@ -65,9 +65,9 @@ class _BatchLoop:
     def __init__(self, trainer: Trainer, module: LightningModule, stage: RunningStage) -> None:
         self.trainer, self.module, self.stage = trainer, module, stage
         self.word = stage.hook_prefix
-        step = getattr(module, f"{self.word}_step")
+        step, run = getattr(module, f"{self.word}_step"), trainer.strategy.evaluation_step(f"{self.word}_step")
         names, flexible = positional(step)
-        self._step = trainer.profiler.wrap(f"[Strategy]{type(trainer.strategy).__name__}.{self.word}_step", step)
+        self._step = trainer.profiler.wrap(f"[Strategy]{type(trainer.strategy).__name__}.{self.word}_step", run)
         self._takes_idx = takes_batch_idx(step)
         self._takes_loader = flexible or len(names) > 2
         self._path = BatchPath(trainer, module)
@@ -117,9 +117,10 @@ class _BatchLoop:
         module, trainer = self.module, self.trainer
         modes = [(part, part.training) for part in module.modules()]
         trainer.strategy.before_evaluation()
-        # What a module computes once and keeps, such as a table of positions, has to serve in training afterwards.
-        within_fit = trainer.state.fn is TrainerFn.FITTING
-        with torch.inference_mode() if trainer.inference_mode and not within_fit else torch.no_grad():
+        # What a module computes once and keeps, such as a table of positions, has to serve in training afterwards; and
+        # parameters that are put together of parts are written to again and again.
+        plain = trainer.state.fn is TrainerFn.FITTING or trainer.strategy.spreads
+        with torch.inference_mode() if trainer.inference_mode and not plain else torch.no_grad():
             getattr(module, f"on_{self.word}_model_eval")()
             try:
                 yield
@@ -217,7 +218,8 @@ class EvaluationLoop(_BatchLoop):
             with self._evaluating():
                 self._hooks("start")
                 self._hooks("epoch_start")
-                self._run_batches(results, self._note_step)
+                with trainer.strategy.evaluating():
+                    self._run_batches(results, self._note_step)
                 per_loader = self._conclude(results)
         finally:
             results.reset()
@@ -333,7 +335,8 @@ class PredictionLoop(_BatchLoop):
             with self._evaluating():
                 self._hooks("start")
                 self._hooks("epoch_start")
-                self._run_batches(results, lambda _, loader_idx, output: self._take(collectors, loader_idx, output))
+                with trainer.strategy.evaluating():
+                    self._run_batches(results, lambda _, loader_idx, output: self._take(collectors, loader_idx, output))
                 self._hooks("epoch_end")
                 self._hooks("end")
             predictions = [collector.collect() for collector in collectors]

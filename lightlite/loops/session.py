@@ -154,7 +154,8 @@ def _set_up(
         _recorded(trainer, datamodule, "setup")(fn)
     for call in (*hooks.of_callbacks("setup"), *hooks.of_module("setup")):
         call(fn)
-    _recorded(trainer, module, "configure_model")()
+    with trainer.strategy.configuring(module):
+        _recorded(trainer, module, "configure_model")()
     trainer.recorder.forget()
     restorer = Restorer(trainer, module, datamodule, ckpt_path)
     restorer.restore_module()

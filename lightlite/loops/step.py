@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightlite import distributed
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import HookTable, is_overridden
+from lightlite.interfaces import Strategy
 from lightlite.loops.calls import with_batch_idx
 from lightlite.module import LightningModule
 from lightlite.optim import LightningOptimizer, evaluates_closure_once, settle
@@ -147,7 +148,7 @@ class TrainStep:
             return
         self.micro_batch = self._accumulated = state["micro_batch"]
         self._lacking = state.get("lacking", 0)
-        _set_gradients(self._module, state["gradients"])
+        _set_gradients(self._module, state["gradients"], self._trainer.strategy)
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Train on a batch.
@@ -388,7 +389,7 @@ class ManualStep:
             f"[Strategy]{type(trainer.strategy).__name__}.training_step",
             with_batch_idx(training_step, module.training_step),
         )
-        self._module, self._progress = module, trainer.progress
+        self._module, self._progress, self._strategy = module, trainer.progress, trainer.strategy
         self._context = trainer.precision_plugin.forward_context() or nullcontext
         self._scaler, self._optimizers = trainer.precision_plugin.scaler, trainer.wrapped_optimizers
         self._hooks = trainer.hooks.resolve("on_before_optimizer_step")
@@ -421,7 +422,7 @@ class ManualStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
-        _set_gradients(self._module, state.get("gradients", {}))
+        _set_gradients(self._module, state.get("gradients", {}), self._strategy)
         for optimizer in self._optimizers:
             optimizer.gradients_wait = optimizer.gradients_wait or bool(state)
 
@@ -464,10 +465,10 @@ def _gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tens
     return {name: parameter.grad.cpu().clone() for name, parameter in parameters if parameter.grad is not None}
 
 
-def _set_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+def _set_gradients(module: nn.Module, gradients: Mapping[str, Tensor], strategy: Strategy) -> None:
     for name, parameter in module.named_parameters():
         if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
+            parameter.grad = strategy.part(gradients[name], parameter)
 
 
 def _refuse_automatic_settings(trainer: Trainer) -> None:

@@ -25,8 +25,13 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
     if not order > 0:
         raise ValueError(f"norm_type={norm_type!r}; give a number above 0, or 'inf'")
     gradients = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
-    norms = {f"grad_{order}_norm{group_separator}{name}": grad.norm(order) for name, grad in gradients.items()}
+    norms = {f"grad_{order}_norm{group_separator}{name}": _whole(grad.norm(order)) for name, grad in gradients.items()}
     if norms:
         together = torch.stack([norm.to(next(iter(norms.values())).device) for norm in norms.values()])
         norms[f"grad_{order}_norm_total"] = together.norm(order)
     return norms
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """That of all ranks' parts, where each has a part of the gradient."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 _BASES = {"LightningModule", "LightningDataModule", "Callback"}
 
 
@@ -29,3 +31,30 @@ def is_overridden(method_name: str, instance: object = None, parent: type | None
             "LightningModule, LightningDataModule or Callback; give parent=…"
         )
     return getattr(method, "__func__", method) is not getattr(parent, method_name, None)
+
+
+def copy_of_tensors(module: nn.Module) -> nn.Module:
+    """A module that has copies of another's parameters and buffers, under the same names, and nothing else."""
+    parts: dict[int, nn.Module] = {}
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in copies:
+            clone = tensor.detach().clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if is_parameter else clone
+        return copies[id(tensor)]
+
+    def visit(part: nn.Module) -> nn.Module:
+        if id(part) not in parts:
+            twin = parts[id(part)] = nn.Module()
+            twin.__dict__["_parameters"] = {name: copied(parameter) for name, parameter in part._parameters.items()}
+            twin.__dict__["_buffers"] = {name: copied(buffer) for name, buffer in part._buffers.items()}
+            twin._non_persistent_buffers_set = set(part._non_persistent_buffers_set)
+            for name, child in part._modules.items():
+                twin._modules[name] = None if child is None else visit(child)
+        return parts[id(part)]
+
+    return visit(module)

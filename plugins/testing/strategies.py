@@ -281,7 +281,7 @@ def _prepared(strategy: Strategy | None, kind: Any = torch.optim.SGD) -> tuple[_
 
 
 def _weights(strategy: Strategy | None, module: nn.Module) -> dict[str, list[float]]:
-    state = module.state_dict() if strategy is None else strategy.module_state_dict()
+    state = module.state_dict() if strategy is None else strategy.whole(strategy.module_state_dict())
     return {name: value.flatten().tolist() for name, value in distributed.broadcast_object(_on_cpu(state)).items()}
 
 
@@ -334,7 +334,7 @@ def _states_put_back(strategy: Strategy | None) -> dict[str, Any]:
     if strategy is None:
         state = optimizer.state_dict()
     else:
-        whole = strategy.module_state_dict(), strategy.optimizer_state_dict(optimizer)
+        whole = strategy.whole((strategy.module_state_dict(), strategy.optimizer_state_dict(optimizer)))
         # As a checkpoint has it: of rank zero, on the CPU, and no part of what goes on being trained.
         weights, state = pickle.loads(pickle.dumps(distributed.broadcast_object(_host(whole))))
         train(second)
@@ -405,7 +405,8 @@ def _own_loop(strategy: Strategy | None) -> dict[str, Any]:
         output = module(x) if wrapped is module else wrapped("forward", x)
         nn.functional.mse_loss(output, y).backward()
         optimizer.step()
-    return {name: value.detach().flatten().tolist() for name, value in module.state_dict().items()}
+    state = module.state_dict() if strategy is None else strategy.whole(module.state_dict())
+    return {name: value.flatten().tolist() for name, value in distributed.broadcast_object(_on_cpu(state)).items()}
 
 
 def _torn_down(strategy: Strategy) -> tuple[Any, ...]:

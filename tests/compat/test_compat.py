@@ -100,9 +100,9 @@ MISSING = {
         "ImportError: lightlite has no DeepSpeedStrategy in lightning.pytorch.strategies (DeepSpeed is left out of "
         "lightlite); "
     ),
-    "from lightning.fabric.strategies import FSDPStrategy": (
-        "ImportError: lightlite has no FSDPStrategy in lightning.fabric.strategies (FSDP and model parallelism are "
-        "not in lightlite yet); "
+    "from lightning.fabric.strategies import XLAStrategy": (
+        "ImportError: lightlite has no XLAStrategy in lightning.fabric.strategies (TPUs and XLA are left out of "
+        "lightlite); "
     ),
 }
 

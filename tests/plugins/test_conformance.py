@@ -35,6 +35,15 @@ class TestDDP(StrategyConformance):
     strategy = "ddp"
 
 
+class TestFSDP(StrategyConformance):
+    strategy = "fsdp"
+
+
+class TestFSDPOnCUDA(StrategyConformance):
+    strategy = "fsdp"
+    accelerator = "cuda"
+
+
 class TestDDPOnSim(StrategyConformance):
     strategy = "ddp"
     accelerator = "sim"

@@ -62,7 +62,7 @@ def dump(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             "results": distributed.gather_objects(_results(trainer)),
             "strategy": distributed.gather_objects(trainer.strategy.state_dict(trainer.optimizers)),
             "loggers": [logger.position() for logger in trainer.loggers] if trainer.is_global_zero else [],
-            "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
+            "metrics": {} if trainer.sanity_checking else _numbers(trainer.callback_metrics),
         }
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
@@ -110,15 +110,23 @@ def _callback_states(trainer: Trainer) -> dict[str, Any]:
     return states
 
 
-def _random_states(trainer: Trainer) -> dict[str, Any]:
+def random_now(trainer: Trainer) -> dict[str, Any]:
+    """The states of this rank's generators, on the CPU and on its device."""
     device = trainer.strategy.root_device
+    state = trainer.strategy.accelerator.random_state(device)
+    return {"now": capture_rng(), "device": state, "device_type": device.type}
+
+
+def _random_states(trainer: Trainer) -> dict[str, Any]:
+    fit, outside = trainer.fit_loop, _outside(trainer)
     return {
         **(trainer.epoch_random_state or {}),
-        "now": capture_rng(),
+        **random_now(trainer),
+        "begun": fit is not None and fit.has_begun_pass,
+        "ahead": fit.random_ahead if fit else None,
         "loader_now": trainer.loader_state(),
-        "validation": trainer.fit_loop.validation_states() if trainer.fit_loop else [],
-        "device": trainer.strategy.accelerator.random_state(device),
-        "device_type": device.type,
+        "validation": fit.validation_states() if fit else [],
+        **{name: outside[name] for name in ("now", "device", "validation") if outside},
     }
 
 
@@ -135,11 +143,24 @@ def _windows(trainer: Trainer) -> list[dict[str, Any]]:
     return [window]
 
 
+def _outside(trainer: Trainer) -> dict[str, Any]:
+    """What was there before the sanity check or validation that is in progress; empty where there is none."""
+    return trainer.fit_loop.outside if trainer.fit_loop and not trainer.progress.validated else {}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}
+
+
 def _results(trainer: Trainer) -> dict[str, Any]:
     if trainer.fit_loop is None:
         return {}
+    # Validation will reset what it logs, and begin again with what it began with.
+    validation = trainer.recorder.active
+    ending = validation.metrics if validation is not None and not validation.training else []
+    begins_anew = [*ending, *_outside(trainer).get("idle", ())]
     return {
-        "values": trainer.fit_loop.results.state_dict(trainer.lightning_module),
+        "values": trainer.fit_loop.results.state_dict(trainer.lightning_module, begins_anew),
         "logged": dict(trainer.fit_loop.logged),
     }
 
@@ -245,7 +266,7 @@ def progress_from_lightning(checkpoint: Mapping[str, Any], progress: FitProgress
     if progress.epoch_open:
         progress.batches_in_epoch = current["processed"]
         progress.pending = True
-        progress.validated = current["completed"] == current["processed"]
+        progress.logged = progress.validated = current["completed"] == current["processed"]
 
 
 class Restorer:

@@ -108,6 +108,7 @@ class RankLoader(_Pass):
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if deal else (0, 1)
         self._dealt: Dealt | None = None
         self._beginning: Dealt | Draw | None = None
+        self._before: Iterator[Any] = iter(())
         self._passing = self._ends_as_they_come = False
         self.present = self._world
         # Items drawn for a batch, from what is dealt out.
@@ -258,7 +259,7 @@ class RankLoader(_Pass):
         if skip and self._dealt is None and _is_map_style(self.loader):
             self.draw_by_index()
         stop = None if limit is None else limit * self._draws
-        self._beginning = self._dealt
+        self._beginning, self._before = self._dealt, iter(())
         if self._dealt is not None:
             self._dealt.skip, self._dealt.limit = skip, stop
             if self._dealt.workers is not None:
@@ -281,7 +282,7 @@ class RankLoader(_Pass):
                 mine = slices(mine, [], None, self._drops_last, self._rank, self._world)
             else:
                 mine = itertools.islice(mine, self._rank, None, self._world)
-        mine = itertools.islice(mine, skip, None) if skip else mine
+        self._before = itertools.islice(mine, skip)
         return self._noting_place(mine) if self._stream is not None and self.length is None else mine
 
     def _noting_place(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -295,7 +296,8 @@ class RankLoader(_Pass):
             yield batch
 
     def _draw_beginning(self) -> None:
-        """Draw the order, or its first part, from the random state of this moment."""
+        """Draw the order, or its first part, or go to a place in a stream, from the random state of this moment."""
+        deque(self._before, maxlen=0)
         if self._beginning is not None:
             self._beginning.draw()
 

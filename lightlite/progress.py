@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -101,7 +101,10 @@ class FitProgress:
         batches_that_stepped: Batches after which optimizers stepped: the loggers' x-axis.
         optimizer_steps: Steps taken by all optimizers together: `trainer.global_step`.
         scheduler_steps: Learning-rate updates.
+        batches_validated: Validation batches of the whole fit by index of their loader: the loggers' x-axis of what
+            validation logs by step.
         pending: Whether something after the last completed batch is left to do: logging, validation.
+        logged: Whether the values that fall due after the last completed batch have been handed to the loggers.
         validated: Whether the validation that falls due after the last completed batch has been run.
         last_batch: Whether the batch last begun was the last one of its epoch.
         closing: Whether the epoch last begun only runs forward, after all training: see `FitLoop.done`.
@@ -115,7 +118,9 @@ class FitProgress:
     batches_that_stepped: int = 0
     optimizer_steps: int = 0
     scheduler_steps: int = 0
+    batches_validated: dict[int, int] = field(default_factory=dict)
     pending: bool = False
+    logged: bool = False
     validated: bool = False
     last_batch: bool = False
     closing: bool = False
@@ -123,12 +128,13 @@ class FitProgress:
     def begin_epoch(self, closing: bool) -> None:
         """A new epoch begins."""
         self.epoch_open, self.epoch_done, self.batches_in_epoch = True, False, 0
-        self.pending = self.validated = False
+        self.pending = self.logged = self.validated = False
         self.closing = closing
 
     def abandon_epoch(self) -> None:
         """Forget an epoch that an earlier fit broke off: a fit that restores nothing begins it anew."""
-        self.epoch_open = self.epoch_done = self.pending = self.validated = self.closing = False
+        self.epoch_open = self.epoch_done = self.closing = False
+        self.pending = self.logged = self.validated = False
         self.batches_in_epoch = 0
 
     def end_epoch(self) -> None:
@@ -142,6 +148,6 @@ class FitProgress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned; names it does not know are passed over."""
-        for field in fields(self):
-            if field.name in state:
-                setattr(self, field.name, state[field.name])
+        for known in fields(self):
+            if known.name in state:
+                setattr(self, known.name, state[known.name])

@@ -66,10 +66,14 @@ class Results:
         self.batches: Counter[int] = Counter()
         self.computed: list[Any] = []
 
-    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+    def state_dict(self, module: nn.Module, left_out: Iterable[Any] = ()) -> dict[str, Any]:
         """What was logged in this epoch, and the states of the module's torchmetrics' metrics.
 
         What was logged with a function to reduce it is left out.
+
+        Args:
+            module: The user's module.
+            left_out: Metrics whose states are left out, so that they start anew.
         """
         plain = [
             entry
@@ -77,7 +81,7 @@ class Results:
             if all(isinstance(part, (bool, str, type(None))) for part in entry.given)
         ]
         entries = [{**entry.state_dict(), "metric": _path_of(entry, module)} for entry in plain]
-        return {"entries": entries, "late": dict(self.late), "metrics": _metric_states(module)}
+        return {"entries": entries, "late": dict(self.late), "metrics": _metric_states(module, left_out)}
 
     def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         """Put back what `state_dict` returned."""
@@ -90,11 +94,16 @@ class Results:
                 entry.metric = entry.latest = module.get_submodule(kept["metric"])
             self.entries[entry.place] = entry
 
+    @property
+    def metrics(self) -> list[Any]:
+        """The torchmetrics' metrics that were logged, by other ranks too."""
+        logged = [entry.metric for entry in self.entries.values()] + self.computed
+        return [metric for metric in logged if metric is not None]
+
     def reset(self) -> None:
-        """Forget everything, for a new epoch; torchmetrics' metrics start anew, those logged by other ranks too."""
-        for metric in [entry.metric for entry in self.entries.values()] + self.computed:
-            if metric is not None:
-                metric.reset()
+        """Forget everything, for a new epoch; torchmetrics' metrics start anew."""
+        for metric in self.metrics:
+            metric.reset()
         self.computed.clear()
         self.entries.clear()
         self.epoch_values.clear()
@@ -433,8 +442,14 @@ def _metrics_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, part
 
 
-def _metric_states(module: nn.Module) -> dict[str, Any]:
+def idle_metrics(module: nn.Module) -> list[Any]:
+    """The module's torchmetrics' metrics that have gathered nothing since they were last reset."""
+    return [metric for _, metric in _metrics_in(module) if not metric._update_count]
+
+
+def _metric_states(module: nn.Module, left_out: Iterable[Any]) -> dict[str, Any]:
     """What torchmetrics' metrics have gathered, which a module's `state_dict` leaves out."""
+    ids = set(map(id, left_out))
     return {
         path: {
             "states": {name: getattr(metric, name) for name in metric._defaults},
@@ -442,7 +457,7 @@ def _metric_states(module: nn.Module) -> dict[str, Any]:
             "latest": getattr(metric, "_forward_cache", None),
         }
         for path, metric in _metrics_in(module)
-        if metric._update_count
+        if metric._update_count and id(metric) not in ids
     }
 
 

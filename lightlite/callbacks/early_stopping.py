@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightlite.callbacks.callback import Callback
 from lightlite.errors import MisconfigurationException
-from lightlite.utilities.rank_zero import rank_zero_warn
+from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from lightlite.module import LightningModule
@@ -106,6 +106,20 @@ class EarlyStopping(Callback):
     def monitor_op(self) -> Callable[..., Tensor]:
         """Compares: is the first value better than the second?"""
         return self.mode_dict[self.mode]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop a fit that had been stopped before it was cut off, and goes on from its last checkpoint by itself.
+
+        One that is given the checkpoint's path trains on.
+        """
+        if trainer.goes_on and trainer.ckpt_path and self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"the fit that {trainer.ckpt_path} is of was stopped: {self.stopping_reason_message} To train on, fit "
+                "with that path as ckpt_path"
+            )
+            return
+        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look, if it is the training epoch's end that counts."""

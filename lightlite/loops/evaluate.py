@@ -190,7 +190,6 @@ class EvaluationLoop(_BatchLoop):
         super().__init__(trainer, module, stage)
         self._check_signature()
         self._steps: list[tuple[int, int, dict[str, Any]]] = []
-        self._seen = [0] * len(self.loaders)
 
     def run(self, verbose: bool = False, limit: int | None = None) -> list[dict[str, float]]:
         """Score every batch once.
@@ -258,10 +257,12 @@ class EvaluationLoop(_BatchLoop):
         ]
         gathered = distributed.gather_objects((plain, self._counts))
         everything = [step for steps, _ in gathered for step in steps]
+        trainer = self.trainer
+        seen = trainer.progress.batches_validated if trainer.state.fn is TrainerFn.FITTING else {}
         for loader_idx, batch_idx, values in sorted(everything, key=lambda step: step[:2]):
-            self.trainer.log_metrics(values, step=self._seen[loader_idx] + batch_idx)
+            trainer.log_metrics(values, step=seen.get(loader_idx, 0) + batch_idx)
         for loader_idx in range(len(self.loaders)):
-            self._seen[loader_idx] += sum(counts[loader_idx] for _, counts in gathered)
+            seen[loader_idx] = seen.get(loader_idx, 0) + sum(counts[loader_idx] for _, counts in gathered)
 
 
 class PredictionLoop(_BatchLoop):

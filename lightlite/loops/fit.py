@@ -28,6 +28,7 @@ import torch
 
 from lightlite import distributed
 from lightlite.callbacks.model_checkpoint import ModelCheckpoint
+from lightlite.checkpoint import random_now
 from lightlite.data import RankLoader, RankLoaders, limit_of
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
@@ -39,7 +40,7 @@ from lightlite.loops.step import ManualStep, TrainStep
 from lightlite.loops.uneven import Uneven, uneven
 from lightlite.module import LightningModule
 from lightlite.progress import RunningStage, TrainerFn
-from lightlite.results import Results
+from lightlite.results import Results, idle_metrics
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightlite.utilities.seed import capture_rng, isolate_rng, restore_rng
 
@@ -112,6 +113,9 @@ class FitLoop:
         quiet_until: Before the batch of that index nothing is due after a batch: no log point, no validation, no end.
         path: The way of a batch to the device.
         schedulers: Learning-rate schedulers, if the loop is to step them.
+        outside: In the sanity check and in validation, what was there before of what these change, so that a fit that
+            goes on from within begins them anew; empty otherwise.
+        random_ahead: The generators' states before a batch was fetched ahead, if it is fetched in this process.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
@@ -119,6 +123,8 @@ class FitLoop:
         self.progress, self.recorder = trainer.progress, trainer.recorder
         self.results = Results(training=True)
         self.logged: dict[str, float] = {}
+        self.outside: dict[str, Any] = {}
+        self.random_ahead: dict[str, Any] | None = None
         make_step = TrainStep if module.automatic_optimization else ManualStep
         assert trainer.training_step is not None
         self.step: TrainStep | ManualStep = make_step(trainer, module, trainer.training_step)
@@ -159,15 +165,18 @@ class FitLoop:
         steps = trainer.num_sanity_val_steps
         if not self._validates or steps == 0 or trainer.ckpt_path is not None:
             return
+        self.outside = self._before_validation()
         with isolate_rng():
             trainer.state.stage = RunningStage.SANITY_CHECKING
             trainer.hooks.call("on_sanity_check_start")
             loop = self._validation_loop(RunningStage.SANITY_CHECKING)
+            self.outside["validation"] = self.validation_states()
             loop.run(limit=None if steps == math.inf else int(steps))
             for loader in loop.loaders:
                 loader.load_state_dict(loader.initial_state)
             trainer.hooks.call("on_sanity_check_end")
             self.recorder.forget()
+        self.outside = {}
 
     def begin(self) -> bool:
         """Load the data and open the fit; False where there is nothing to train."""
@@ -192,22 +201,29 @@ class FitLoop:
         if self.length == 0:
             rank_zero_warn("Trainer.fit stopped: the training loader has no batches")
             return False
-        if self.done():
-            return False
         resumed = trainer.resumed_random_states
+        self._agree_to_stop()
+        if self.done():
+            if resumed is not None:
+                self._put_back_random(resumed)
+            return False
         self._validation_states = (resumed or {}).get("validation", [])
         if self._validates and self._validation is None and self._epoch_validates():
             self._validation_loop(RunningStage.VALIDATING)
         trainer.strategy.checkpoint_io.on_failure = self._look_soon
-        if resumed is None:
+        if resumed is None or resumed.get("begun"):
             # Before the hooks, as in Lightning: random numbers that they draw come after those of the data's order.
             self._loader.set_epoch(self.progress.epoch)
             self._begun = self._start(self._loader, self.progress.batches_in_epoch if self.progress.epoch_open else 0)
         trainer.hooks.call("on_train_start")
         if resumed is not None:
-            restore_rng(resumed["now"])
-            self._loader.load_state_dict(resumed["loader_now"])
+            self._put_back_random(resumed)
         return True
+
+    def _put_back_random(self, states: dict[str, Any]) -> None:
+        assert self._loader is not None
+        restore_rng(states["now"])
+        self._loader.load_state_dict(states["loader_now"])
 
     def _load(self) -> None:
         trainer = self.trainer
@@ -392,13 +408,15 @@ class FitLoop:
         """Begin the pass from the random state in which this epoch's order was, or is now, drawn."""
         trainer = self.trainer
         resumed = trainer.resumed_random_states
-        if skip and resumed is not None:
+        if resumed is not None and not skip and not resumed.get("begun"):
+            resumed = None  # it was before this pass
+        if resumed is not None:
             restore_rng(resumed["epoch"])
             loader.load_state_dict(resumed.get("loader"))
         else:
             trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
         limited = loader.length is not None and self.length != loader.length
-        at = resumed.get("loader_now") if skip and resumed is not None else None
+        at = None if resumed is None else resumed.get("loader_now")
         batches = trainer.profiler.profile_iterable(
             loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
         )
@@ -407,8 +425,8 @@ class FitLoop:
         else:
             batches = self._uneven.pairs(batches, skip, self.path.begin)
         ahead = loader.length is not None and self.path.fetches_ahead(loader)
-        if skip and resumed is not None:
-            if ahead:  # as it had been when the state was kept that is now put back
+        if resumed is not None:
+            if ahead and skip:  # as it had been when the state was kept that is now put back
                 batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
             trainer.epoch_random_state = {key: resumed[key] for key in ("epoch", "loader")}
             restore_rng(resumed["now"])
@@ -416,21 +434,29 @@ class FitLoop:
                 loader.load_state_dict(resumed["loader_now"])
         trainer.resumed_random_states = None
         if loader.length is None:
-            first = next(batches, NO_BATCH)
+            restore_rng((resumed or {}).get("ahead") or {})
+            first = self._next_ahead(batches)
+            restore_rng((resumed or {}).get("now", {}))
             return iter(()) if first is NO_BATCH else itertools.chain((first,), batches)
         return one_ahead(batches) if ahead else batches
+
+    def _next_ahead(self, batches: Iterator[Any]) -> Any:
+        """The batch after the present one; what is drawn at random for it here is noted, to be drawn again."""
+        assert self._loader is not None
+        self.random_ahead = None if getattr(self._loader.loader, "num_workers", 0) else capture_rng()
+        return next(batches, NO_BATCH)
 
     def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[Any, int]]:
         """Fetch one batch ahead where the loader has no length, so that its last batch is known as such."""
         agree = self._ends_may_differ()
-        batch = next(batches, NO_BATCH)
+        batch = next(batches, NO_BATCH)  # drawn as the pass was begun
         for batch_idx in itertools.count(first):
             if agree and not all(distributed.gather_objects(batch is not NO_BATCH)):
                 return
             if batch is NO_BATCH:
                 return
             limited = batch_idx + 1 >= self._known_length
-            following = NO_BATCH if limited else next(batches, NO_BATCH)
+            following = NO_BATCH if limited else self._next_ahead(batches)
             ends = following is NO_BATCH
             if agree:
                 ends = any(distributed.gather_objects(ends))
@@ -505,9 +531,10 @@ class FitLoop:
         trainer, progress = self.trainer, self.progress
         trainer.strategy.checkpoint_io.wait(0)
         due = (progress.batches_that_stepped + 1) % self._log_every == 0 or self._asked_to_stop
-        if due and not self.step.micro_batch and not progress.validated:
+        if due and not self.step.micro_batch and not progress.logged:
             self._agree_to_stop()
             trainer.log_metrics(self.recorder.step_metrics())
+            progress.logged = True
         if self._validates and not progress.validated and self._validation_due(batch_idx):
             self._validate()
             self._agree_to_stop()
@@ -515,7 +542,7 @@ class FitLoop:
             if self.schedulers:
                 self.step_plateau_schedulers("step")
             progress.batches_that_stepped += 1
-        progress.pending = progress.validated = False
+        progress.pending = progress.logged = progress.validated = False
         self.quiet_until = self._next_look(batch_idx) if self._may_be_quiet else 0
         if progress.closing:
             return False
@@ -573,7 +600,10 @@ class FitLoop:
                 self.module.on_validation_model_zero_grad,
             ):
                 hook()
-        self._validation_loop(RunningStage.VALIDATING).run()
+        loop = self._validation_loop(RunningStage.VALIDATING)
+        self.outside = self._before_validation()
+        loop.run()
+        self.outside = {}
         trainer.state.stage = RunningStage.TRAINING
         torch.set_grad_enabled(True)
         self._enter_batches()
@@ -597,6 +627,15 @@ class FitLoop:
     def validation_states(self) -> list[Any]:
         """States of what the validation loaders own."""
         return [] if self._validation is None else [loader.state_dict() for loader in self._validation.loaders]
+
+    def _before_validation(self) -> dict[str, Any]:
+        idle = idle_metrics(self.module)
+        return {**random_now(self.trainer), "validation": self.validation_states(), "idle": idle}
+
+    @property
+    def has_begun_pass(self) -> bool:
+        """Whether the training loader's pass has begun, but no batch was drawn yet."""
+        return self._begun is not None
 
     def step_schedulers(self, last: bool) -> None:
         """Step the schedulers that watch no value: by step, and by epoch after its last batch."""

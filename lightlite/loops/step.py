@@ -124,8 +124,10 @@ class TrainStep:
         return SimpleNamespace(step=trainer.profiler.wrap("optimizer_step", lambda: plain.step()))
 
     def begin_epoch(self) -> None:
-        """Begin a new accumulation window, of the length that holds for this epoch."""
+        """Begin a new accumulation window, of the length that holds for this epoch; one that only observes is one."""
         self.micro_batch = self._accumulated = self._lacking = 0
+        if self._progress.closing and not self._progress.last_batch:
+            self.micro_batch = self._progress.batches_in_epoch
         self._window = self._trainer.accumulate_grad_batches
         self._finishes = bool(self._before_step or self._clipping) or self._window > 1
         if self._optimizer is not None:

@@ -8,12 +8,13 @@ data is found again.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightlite import distributed, storage
 from lightlite.datamodule import LightningDataModule
-from lightlite.errors import CheckpointError
+from lightlite.errors import CheckpointError, MismatchedCheckpointError
 from lightlite.hooks import CheckpointHooks, is_overridden
 from lightlite.module import LightningModule
 from lightlite.progress import FitProgress, TrainerFn
@@ -122,6 +123,7 @@ def _random_states(trainer: Trainer) -> dict[str, Any]:
     return {
         **(trainer.epoch_random_state or {}),
         **random_now(trainer),
+        "pass": fit.described_pass() if fit else "",
         "begun": fit is not None and fit.has_begun_pass,
         "ahead": fit.random_ahead if fit else None,
         "loader_now": trainer.loader_state(),
@@ -303,7 +305,8 @@ class Restorer:
                 owner.on_load_checkpoint(checkpoint)
         trainer.strategy.module = self._module
         strict = bool(self._module.strict_loading)
-        trainer.strategy.load_module_state(checkpoint["state_dict"], strict=strict)
+        with self._fitting(f"{type(self._module).__name__}'s weights"):
+            trainer.strategy.load_module_state(checkpoint["state_dict"], strict=strict)
         if self._datamodule is not None:
             state = checkpoint.get(type(self._datamodule).__qualname__)
             if state:
@@ -353,7 +356,7 @@ class Restorer:
         """Put back optimizers, schedulers, counters and random states.
 
         Raises:
-            CheckpointError: Where the checkpoint holds other optimizers than the module has.
+            MismatchedCheckpointError: Where the checkpoint holds other optimizers than the module has.
         """
         checkpoint, trainer = self._checkpoint, self._trainer
         if checkpoint is None:
@@ -382,16 +385,46 @@ class Restorer:
             ("learning-rate schedulers", checkpoint.get("lr_schedulers", []), trainer.lr_scheduler_configs),
         ):
             if len(states) != len(mine):
-                raise CheckpointError(
+                raise MismatchedCheckpointError(
                     f"{self._path} holds the state of {len(states)} {what}, but configure_optimizers returned "
                     f"{len(mine)}"
                 )
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-            trainer.strategy.load_optimizer_state(optimizer, state)
+            with self._fitting(f"{type(optimizer).__name__}'s state"):
+                trainer.strategy.load_optimizer_state(optimizer, state)
+            lacking = {name for group in optimizer.param_groups for name in optimizer.defaults if name not in group}
+            if lacking:
+                raise MismatchedCheckpointError(
+                    f"{self._path} holds the state of another optimizer than {type(optimizer).__name__}: there is no "
+                    f"{', '.join(sorted(lacking))} in it; fit with the optimizer that it was saved with, or load the "
+                    "weights alone by load_from_checkpoint"
+                )
         for config, state in zip(trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", []), strict=True):
-            config.scheduler.load_state_dict(state)
+            self._tell_of_another_kind(config.scheduler, state)
+            with self._fitting(f"{type(config.scheduler).__name__}'s state"):
+                config.scheduler.load_state_dict(state)
         precision = trainer.precision_plugin
         precision.load_state_dict(checkpoint.get(type(precision).__qualname__, {}))
+
+    @contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """Name the file in what is said of something that does not fit.
+
+        Raises:
+            MismatchedCheckpointError: From the error.
+        """
+        try:
+            yield
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise MismatchedCheckpointError(f"{self._path} does not hold {what}: {error}") from error
+
+    def _tell_of_another_kind(self, scheduler: Any, state: Mapping[str, Any]) -> None:
+        kept, own = ({name for name in names if name[0] != "_"} for names in (state, scheduler.state_dict()))
+        if kept - own and own - kept:
+            rank_zero_warn(
+                f"{self._path} holds the state of another scheduler than {type(scheduler).__name__}, with "
+                f"{', '.join(sorted(kept - own))}: of {', '.join(sorted(own - kept))} it knows nothing"
+            )
 
     def _restore_window(self, windows: list[dict[str, Any]]) -> None:
         """Gradients of an open accumulation window; with another number of ranks, their mean."""

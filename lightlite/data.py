@@ -374,6 +374,11 @@ class RankLoader(_Pass):
             if callable(getattr(holder, "set_epoch", None)):
                 holder.set_epoch(epoch)
 
+    def described(self) -> str:
+        """By which classes the batches are drawn."""
+        holders = [holder for holder in self._holders() if holder is not None]
+        return " and ".join(type(holder).__name__ for holder in holders)
+
     def _holders(self) -> list[Any]:
         """The loader and its samplers, each once."""
         loader = self.source
@@ -655,6 +660,10 @@ class RankLoaders(_Pass):
         """Put back the generators' states that `state_dict` returned."""
         for part, kept in zip(self._parts, (state or {}).get("parts", ()), strict=False):
             part.load_state_dict(kept)
+
+    def described(self) -> str:
+        """See `RankLoader.described`."""
+        return f"{self.source.mode} of " + ", ".join(part.described() for part in self._parts)
 
     def close(self) -> None:
         """End persistent workers; see `RankLoader.close`."""

@@ -5,7 +5,8 @@
     │   └── UnknownPluginError         no accelerator, strategy, … of that name (also a KeyError)
     ├── CheckpointError                a checkpoint cannot be used
     │   ├── CheckpointNotFoundError    there is no such file (also a FileNotFoundError)
-    │   └── CorruptCheckpointError     the file is damaged or is no checkpoint
+    │   ├── CorruptCheckpointError     the file is damaged or is no checkpoint
+    │   └── MismatchedCheckpointError  it is of another model, optimizer or scheduler (also a RuntimeError)
     ├── MetricError                    a logged value cannot be reduced over the ranks
     └── LaunchError                    something about processes
         ├── NotSendableError           an object cannot be sent to the other ranks
@@ -51,6 +52,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class CorruptCheckpointError(CheckpointError):
     """The file is truncated, damaged, or not a checkpoint at all."""
+
+
+class MismatchedCheckpointError(CheckpointError, RuntimeError):
+    """The checkpoint is of another model, optimizer or scheduler than is to go on from it."""
 
 
 class SIGTERMException(SystemExit):

@@ -244,6 +244,9 @@ class CheckpointIO(ABC):
             "state_dict_type='full', or leave the CheckpointIO out"
         )
 
+    def expect(self, tensors: Iterable[Tensor]) -> None:
+        """Get ready for saving these, once a fit has made its first step; by default there is nothing to do."""
+
     def then(self, action: Callable[[], None]) -> None:
         """Do something with files as soon as what was saved before is on disk; by default it is by now."""
         action()

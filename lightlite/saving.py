@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -85,6 +85,12 @@ class AsyncCheckpointIO(CheckpointIO):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def expect(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Get the memory for copies of these, in the other thread: it takes longer than the copying."""
+        plain = (tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter))
+        storages = {whole.data_ptr(): whole.nbytes() for whole in map(torch.Tensor.untyped_storage, plain)}
+        self.then(partial(self._buffers.reserve, list(storages.values())))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Copy what is saved, and have it written; wait first for what is in flight."""
@@ -187,6 +193,11 @@ class HostBuffers:
         copied = _copied(content, {}, self._take)
         self._free.clear()
         return copied
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Have buffers of these sizes, in bytes, at hand for the next copy."""
+        for size in sizes:
+            self._free.setdefault(size, []).append(torch.empty(size, dtype=torch.uint8).zero_())
 
     def _take(self, size: int) -> torch.Tensor:
         kept = self._free.get(size)

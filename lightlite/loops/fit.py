@@ -135,6 +135,7 @@ class FitLoop:
         self._max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         self._alone = distributed.world_size() == 1
         self._agreed_to_stop = self._agreed_to_leave = False
+        self._expects_first_step = True
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
         self._known_length: float = math.inf
@@ -382,6 +383,8 @@ class FitLoop:
         if progress.epoch_done:
             return iter(())
         skip = progress.batches_in_epoch
+        if skip and self.trainer.resumed_random_states is not None:
+            self._tell_of_another(self.trainer.resumed_random_states.get("pass"))
         over = bool(skip) and skip >= self.length
         batches = iter(()) if over else self._start(loader, skip) if begun is None else begun
         # Only now: beginning a pass again puts the random state back to that of the checkpoint.
@@ -440,10 +443,23 @@ class FitLoop:
             return iter(()) if first is NO_BATCH else itertools.chain((first,), batches)
         return one_ahead(batches) if ahead else batches
 
+    def described_pass(self) -> str:
+        """Of what the place in an epoch is one."""
+        count = "an unknown number of" if math.isinf(self._known_length) else self._known_length
+        return "" if self._loader is None else f"{count} batches from {self._loader.described()}"
+
+    def _tell_of_another(self, former: str | None) -> None:
+        """Warn where the place that is gone on from is not one in this epoch."""
+        if former and former != self.described_pass():
+            rank_zero_warn(
+                f"{self.trainer.ckpt_path} was taken within an epoch of {former}, which is one of "
+                f"{self.described_pass()} now: until its end, samples may be repeated or left out"
+            )
+
     def _next_ahead(self, batches: Iterator[Any]) -> Any:
         """The batch after the present one; what is drawn at random for it here is noted, to be drawn again."""
         assert self._loader is not None
-        self.random_ahead = None if getattr(self._loader.loader, "num_workers", 0) else capture_rng()
+        self.random_ahead = None if self._loader.may_fetch_ahead else capture_rng()
         return next(batches, NO_BATCH)
 
     def _looking_ahead(self, batches: Iterator[Any], first: int) -> Iterator[tuple[Any, int]]:
@@ -530,6 +546,8 @@ class FitLoop:
         """
         trainer, progress = self.trainer, self.progress
         trainer.strategy.checkpoint_io.wait(0)
+        if self._expects_first_step and progress.optimizer_steps:
+            self._announce_saves()
         due = (progress.batches_that_stepped + 1) % self._log_every == 0 or self._asked_to_stop
         if due and not self.step.micro_batch and not progress.logged:
             self._agree_to_stop()
@@ -547,6 +565,15 @@ class FitLoop:
         if progress.closing:
             return False
         return (trainer.should_stop and self._stops()) or progress.optimizer_steps >= self._max_steps
+
+    def _announce_saves(self) -> None:
+        """Tell what will be saved to what writes it, now that the optimizers have their state."""
+        self._expects_first_step = False
+        if self.trainer.is_global_zero:
+            states = [state.values() for optimizer in self.trainer.optimizers for state in optimizer.state.values()]
+            tensors = filter(torch.is_tensor, itertools.chain.from_iterable(states))
+            everything = itertools.chain(self.module.parameters(), self.module.buffers(), tensors)
+            self.trainer.strategy.checkpoint_io.expect(everything)
 
     def _next_look(self, batch_idx: int) -> float:
         """Index of the next batch after which something may be due: a log point, a validation, the last step."""

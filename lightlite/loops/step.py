@@ -142,15 +142,21 @@ class TrainStep:
         if not self._accumulated:
             return {}
         gradients = _gradients(self._module.named_parameters())
-        return {"micro_batch": self._accumulated, "gradients": gradients, "lacking": self._lacking}
+        window = {"micro_batch": self._accumulated, "window": self._window, "lacking": self._lacking}
+        return {**window, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned, after `begin_epoch`."""
+        """Put back what `state_dict` returned, after `begin_epoch`; of a window of another length, too."""
         if not state:
             return
         self.micro_batch = self._accumulated = state["micro_batch"]
         self._lacking = state.get("lacking", 0)
         _set_gradients(self._module, state["gradients"], self._trainer.strategy)
+        if state.get("window", self._window) != self._window:
+            self._rescale(state["window"] / self._window)
+            self._finishes = True
+            if self._optimizer is not None:
+                self._optimizer.after_closure = self._finish_gradients
 
     def __call__(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """Train on a batch.
@@ -307,7 +313,7 @@ class TrainStep:
         """Make the gradients those of the whole window, show them to the hooks, clip them."""
         optimizer = self._optimizer
         assert optimizer is not None
-        if self.micro_batch < self._window or self._lacking:
+        if self.micro_batch != self._window or self._lacking:
             world = self._trainer.world_size
             self._rescale(self._window * world / (self.micro_batch * world - self._lacking))
         if not self._before_step and not self._clipping:
@@ -323,7 +329,7 @@ class TrainStep:
             )
 
     def _rescale(self, factor: float) -> None:
-        """The epoch, or a rank's part in it, ended before the window did: there were fewer batches than divided by."""
+        """Losses were divided by another number of batches than there were: the epoch, or a rank's part in it, ended."""
         gradients = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)

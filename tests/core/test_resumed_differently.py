@@ -53,7 +53,9 @@ def fit(folder: Path, model: Any = None, loader: Any = None, ckpt_path: Any = No
 @pytest.mark.parametrize("loader", [regression_loader(5), regression_loader(6, shuffle=True), [None, None]])
 def test_an_epoch_of_other_batches_is_told(tmp_path: Path, loader: Any) -> None:
     fit(tmp_path)
-    with pytest.warns(UserWarning, match=r"second.ckpt was taken within an epoch of 6 batches from DataLoader.*repeated"):
+    with pytest.warns(
+        UserWarning, match=r"second.ckpt was taken within an epoch of 6 batches from DataLoader.*repeated"
+    ):
         fit(tmp_path, loader=loader, ckpt_path=tmp_path / "second.ckpt")
 
 

@@ -329,7 +329,7 @@ class TrainStep:
             )
 
     def _rescale(self, factor: float) -> None:
-        """Losses were divided by another number of batches than there were: the epoch, or a rank's part in it, ended."""
+        """Losses were divided by another number of batches than there were: by more, where an epoch or a rank ended."""
         gradients = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)

@@ -98,8 +98,9 @@ def test_a_log_elsewhere_is_left_alone(tmp_path: Path) -> None:
     fit(tmp_path)
     rows = (tmp_path / "log" / "metrics.csv").read_text()
     trainer = quiet_trainer(tmp_path, max_epochs=3, logger=CSVLogger(tmp_path, name="", version="other"))
+    path = tmp_path / "steps" / "step=3.ckpt"
     with pytest.warns(UserWarning, match="state of callbacks"):
-        trainer.fit(Logging(), regression_loader(5), regression_loader(2), ckpt_path=tmp_path / "steps" / "step=3.ckpt")
+        trainer.fit(Logging(), regression_loader(5, shuffle=True), regression_loader(2), ckpt_path=path)
     assert (tmp_path / "log" / "metrics.csv").read_text() == rows
     assert torch.isfinite(trainer.callback_metrics["loss"])
 

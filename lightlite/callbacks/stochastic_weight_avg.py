@@ -13,7 +13,7 @@ from torch.optim.swa_utils import SWALR
 
 from lightlite.callbacks.callback import Callback
 from lightlite.errors import MisconfigurationException
-from lightlite.utilities.model_helpers import copy_of_tensors
+from lightlite.utilities.model_helpers import copy_of_tensors, overwrite
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightlite.utilities.types import LRSchedulerConfig
 
@@ -232,7 +232,7 @@ class StochasticWeightAveraging(Callback):
     def _give_average_to(self, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         for averaged, parameter in zip(self._average_model.parameters(), pl_module.parameters(), strict=True):
-            parameter.copy_(averaged)
+            overwrite(parameter, averaged)
         self._given = True
 
     def _average_statistics(self, pl_module: LightningModule, from_scratch: bool = False) -> None:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
 
 from lightlite.callbacks.callback import Callback, StepOutput
 from lightlite.errors import MisconfigurationException
-from lightlite.utilities.model_helpers import copy_of_tensors
+from lightlite.utilities.model_helpers import copy_of_tensors, overwrite
 from lightlite.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -130,8 +130,14 @@ class WeightAveraging(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module the average of a checkpoint after which there was nothing left to train."""
-        if self._begun() and not self._swapped:
+        if not self._begun() or self._swapped:
+            return
+        if not trainer.strategy.spreads:
             self._swap(pl_module)
+            return
+        for averaged, current in zip(_tensors(self._average().module), _tensors(pl_module), strict=True):
+            overwrite(current, averaged)  # the module is whole by now
+        self._swapped = True
 
     def state_dict(self) -> dict[str, Any]:
         """The step after which the average was updated last."""

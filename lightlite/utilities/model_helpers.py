@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 _BASES = {"LightningModule", "LightningDataModule", "Callback"}
@@ -58,3 +59,15 @@ def copy_of_tensors(module: nn.Module) -> nn.Module:
         return parts[id(part)]
 
     return visit(module)
+
+
+@torch.no_grad()
+def overwrite(target: Tensor, value: Tensor) -> None:
+    """Overwrite a tensor by another, which is put together first where ranks have parts of it, but not of the target.
+
+    A collective call in that case. What is on device "meta" stays as it is.
+    """
+    if hasattr(value, "full_tensor") and not hasattr(target, "full_tensor"):
+        value = value.full_tensor()
+    if not target.is_meta:
+        target.copy_(value)

@@ -427,8 +427,10 @@ def test_callbacks_do_what_they_do_in_one_process(tmp_path: Path, name: str) -> 
         options = {"callbacks": [*CALLBACKS[name](), keeper], "enable_checkpointing": True, "max_epochs": 3}
         found.append(fit(trainer(tmp_path, strategy, **options), module()).state_dict())
         if name != "rate":
-            resumed = fit(trainer(tmp_path, strategy, **options), module(), tmp_path / strategy / "epoch=1.ckpt")
-            assert_same(resumed.state_dict(), found[-1])
+            for epoch in (1, 2):  # after the second, nothing is left to train
+                path = tmp_path / strategy / f"epoch={epoch}.ckpt"
+                resumed = fit(trainer(tmp_path, strategy, **options), module(), path)
+                assert_same(resumed.state_dict(), found[-1])
     assert_same(found[1], found[0], 1e-6)
 
 

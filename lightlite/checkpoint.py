@@ -390,9 +390,10 @@ class Restorer:
                     f"{len(mine)}"
                 )
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+            needed = {name for group in optimizer.param_groups for name in optimizer.defaults if name in group}
             with self._fitting(f"{type(optimizer).__name__}'s state"):
                 trainer.strategy.load_optimizer_state(optimizer, state)
-            lacking = {name for group in optimizer.param_groups for name in optimizer.defaults if name not in group}
+            lacking = {name for group in optimizer.param_groups for name in needed - group.keys()}
             if lacking:
                 raise MismatchedCheckpointError(
                     f"{self._path} holds the state of another optimizer than {type(optimizer).__name__}: there is no "

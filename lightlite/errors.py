@@ -117,7 +117,7 @@ LEFT_OUT = {
     r"layer_?sync|torchsyncbatchnorm": "plugins that synchronize layers are left out of lightlite, which has "
     "Trainer(sync_batchnorm=True)",
     r"^(lightning)?transformer$|lstm$|wikitext|sequencesampler": "demos that download data are left out of lightlite",
-    r"parallelstrategy": "the base class of parallel strategies is left out of lightlite, which has Strategy",
+    r"^parallelstrategy": "the base class of parallel strategies is left out of lightlite, which has Strategy",
     r"lightningenvironment": "it is left out of lightlite, whose Trainer(devices=…) starts its ranks without one",
 }
 """What of Lightning's lightlite does not have, on purpose: patterns of names, and what to say of them."""

@@ -12,13 +12,17 @@ In a test file of one's own, with pytest:
     class TestMine(StrategyConformance):
         strategy = "mine"
 
-Each test is one rule; its name says which. Where the device is not on this machine, they are skipped, and the reason is
-what `unavailable_reason()` says.
+Each test is one rule; its name says which. What may be set beside the name is told by the classes. Where the device is
+not on this machine, the tests are skipped, and the reason is what `unavailable_reason()` says.
 """
 
 from __future__ import annotations
 
-from lightlite.plugins.testing.accelerators import AcceleratorConformance
-from lightlite.plugins.testing.strategies import StrategyConformance
+import pytest
+
+pytest.register_assert_rewrite("lightlite.plugins.testing.accelerators", "lightlite.plugins.testing.strategies")
+
+from lightlite.plugins.testing.accelerators import AcceleratorConformance  # noqa: E402
+from lightlite.plugins.testing.strategies import StrategyConformance  # noqa: E402
 
 __all__ = ["AcceleratorConformance", "StrategyConformance"]

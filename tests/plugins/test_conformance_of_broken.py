@@ -276,3 +276,10 @@ BROKEN_STRATEGIES: dict[str, type[Strategy]] = {
 def test_a_broken_strategy_fails_the_rule_that_it_breaks(rule: str, tmp_path: Path) -> None:
     suite = type("Suite", (StrategyConformance,), {"strategy": BROKEN_STRATEGIES[rule]})
     breaks(suite(), rule, tmp_path)
+
+
+def test_a_rule_that_is_broken_shows_the_values() -> None:
+    plugin = type("Copying", (Sim,), {"move_module": copying})
+    suite = type("Suite", (AcceleratorConformance,), {"accelerator": plugin})
+    with pytest.raises(AssertionError, match=r"== \{7\}"):
+        suite().test_a_module_that_is_there_is_not_copied()

@@ -450,10 +450,11 @@ def require(path: PathLike) -> None:
     """
     if files.exists(path):
         return
-    folder = local_path(path).parent
+    text = os.fspath(path).removeprefix("file://")
+    folder = os.path.dirname(text if files.is_remote(text) else os.path.abspath(text))
     beside = [name for name in files.names_in(folder) if name.endswith(".ckpt")]
-    hint = f"; beside it are {', '.join(beside[:8])}" if beside else ""
-    raise CheckpointNotFoundError(f"there is no checkpoint at {path}{hint}")
+    hint = f"beside it are {', '.join(beside[:8])}" if beside else f"nor any *.ckpt in {folder}"
+    raise CheckpointNotFoundError(f"there is no checkpoint at {path}; {hint}")
 
 
 def exists(path: PathLike) -> bool:

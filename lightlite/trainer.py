@@ -555,8 +555,9 @@ def _unwrapped(model: Any, fn: str) -> LightningModule:
     compiled = isinstance(getattr(model, "_orig_mod", None), LightningModule)
     module = from_compiled(model) if compiled else model
     if not isinstance(module, LightningModule):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(
-            f"Trainer.{fn}() was given {type(model).__name__} as model; give a LightningModule (wrap an "
+            f"Trainer.{fn}() was given {given} as model; give an instance of a LightningModule (wrap an "
             "nn.Module in one: see 'From PyTorch to lightlite' in the README)"
         )
     formerly.check_hooks(module, fn)

@@ -152,11 +152,15 @@ def test_predicting_needs_predict_step_or_forward(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry_point", ["fit", "validate", "test", "predict"])
-@pytest.mark.parametrize("module", [torch.nn.Linear(1, 1), "model", Net, 3])
-def test_what_is_no_lightning_module_is_refused_by_type(tmp_path: Path, entry_point: str, module: Any) -> None:
-    with pytest.raises(TypeError, match="LightningModule") as caught:
+@pytest.mark.parametrize(
+    ("module", "said"), [(torch.nn.Linear(1, 1), "Linear"), ("model", "str"), (Net, "the class Net"), (3, "int")]
+)
+def test_what_is_no_lightning_module_is_refused_by_type(
+    tmp_path: Path, entry_point: str, module: Any, said: str
+) -> None:
+    with pytest.raises(TypeError, match="an instance of a LightningModule") as caught:
         getattr(quiet_trainer(tmp_path), entry_point)(module, regression_loader(1))
-    assert_mentions(caught.value, type(module).__name__)
+    assert_mentions(caught.value, f"was given {said} as model")
 
 
 @pytest.mark.parametrize("entry_point", ["fit", "validate", "test", "predict"])
@@ -263,7 +267,7 @@ def test_a_checkpoint_that_is_missing_is_named(tmp_path: Path, entry_point: str)
     with pytest.raises(CheckpointNotFoundError) as caught:
         getattr(quiet_trainer(tmp_path), entry_point)(Net(), regression_loader(1), ckpt_path=str(path))
     assert isinstance(caught.value, FileNotFoundError)
-    assert_mentions(caught.value, str(path))
+    assert_mentions(caught.value, str(path), f"nor any *.ckpt in {path.parent}")
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ class Accelerator(ABC):
         """Device indices meant by a `devices=` argument.
 
         Args:
-            devices: A count, -1 or "auto" for all, a list of indices, or a string of either ("2", "0,3").
+            devices: A count, -1 or "auto" for all, a list of indices, or a string of either ("2", "0,3");
+                `lightlite.plugins.devices.read_devices` tells which.
 
         Raises:
             MisconfigurationException: For zero, for more than there are, for indices that do not exist; the
@@ -102,7 +103,7 @@ class Accelerator(ABC):
     def batch_mover(self, device: torch.device) -> Callable[[Any], Any] | None:
         """A function that moves any nest of tensors to `device`, or None where batches are there already.
 
-        None is what spares the CPU a walk through every batch.
+        None is what spares the CPU a walk through every batch. `lightlite.nest.move_to` moves a nest.
         """
 
     def background_mover(self, device: torch.device) -> Callable[[Any], Callable[[], Any]] | None:
@@ -274,6 +275,9 @@ class CheckpointIO(ABC):
 class Strategy(ABC):
     """How the ranks of a run work together.
 
+    A third party subclasses this, and declares the class under the entry-point group `lightlite.strategies`;
+    `Trainer(strategy="name")` then works. It is made without arguments there.
+
     Life: `connect` (once a run, on every rank), `setup` (once the module stands), steps, `teardown`.
     The defaults are those of a single process, and of several processes that hold the whole model each.
 
@@ -299,7 +303,8 @@ class Strategy(ABC):
 
     precision: Precision = Precision()
     launcher: ClassVar[str | None] = None
-    """Registered name of the launcher that makes the ranks where nobody has made them; None: one process."""
+    """Registered name of the launcher that makes the ranks where nobody has made them, such as "helpers", processes of
+    this machine; None: one process, and several devices are refused."""
 
     spreads: ClassVar[bool] = False
     """Whether each rank holds a part of every parameter only, so that running the module takes all ranks, its gradients
@@ -313,7 +318,7 @@ class Strategy(ABC):
     module: nn.Module
 
     def connect(self, accelerator: Accelerator, device: torch.device, ranks: Ranks) -> None:
-        """Take the place of one rank: choose the device, form the process group."""
+        """Take the place of one rank: choose the device, form the process group, by `lightlite.distributed.join`."""
         self.accelerator, self.root_device, self.ranks = accelerator, device, ranks
         accelerator.setup_device(device)
 
@@ -326,7 +331,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def setup(self, module: nn.Module, training: bool) -> Callable[..., Any] | None:
-        """Move `module` to the device and, if `training`, prepare it for gradient sync.
+        """Move `module` to the device, make the ranks' copies equal and, if `training`, prepare it for gradient sync.
+
+        A module whose `automatic_optimization` is False is not prepared: for it, `sync_gradients` is called.
 
         Returns:
             For training, the function that runs `module.training_step(*args)` so that the gradients of the

@@ -139,6 +139,7 @@ class FitLoop:
         self._log_every = trainer.log_every_n_steps or math.inf
         self.length: float = math.inf
         self._known_length: float = math.inf
+        self._own_length: float = math.inf
         self._loader: RankLoader | RankLoaders | None = None
         self._loaded_in_epoch = 0
         self._begun: Iterator[Any] | None = None
@@ -230,10 +231,12 @@ class FitLoop:
         trainer = self.trainer
         loader = self._loader = trainer.load_training()
         self._loaded_in_epoch = self.progress.epoch
-        counts = distributed.gather_objects(limit_of(trainer.limit_train_batches, loader.length, "limit_train_batches"))
+        own = limit_of(trainer.limit_train_batches, loader.length, "limit_train_batches")
+        counts = distributed.gather_objects(own)
         self._uneven = uneven(trainer, loader, counts, self.module.automatic_optimization)
         self.prepare = self.path.prepare if self._uneven is None else self._uneven.preparer(self.path.prepare)
         self._known_length = self._batches_in_epoch(counts)
+        self._own_length = min(self._known_length, math.inf if own is None else own)
         self.length = trainer.num_training_batches = self._known_length
         self._set_validation_interval()
         if trainer.loggers and self.length < trainer.log_every_n_steps and not trainer.fast_dev_run:
@@ -418,10 +421,10 @@ class FitLoop:
             loader.load_state_dict(resumed.get("loader"))
         else:
             trainer.epoch_random_state = {"epoch": capture_rng(), "loader": loader.state_dict()}
-        limited = loader.length is not None and self.length != loader.length
+        limited = loader.length is not None and self._own_length != loader.length
         at = None if resumed is None else resumed.get("loader_now")
         batches = trainer.profiler.profile_iterable(
-            loader.start(skip, int(self.length) if limited else None, at), "[FitLoop].train_dataloader_next"
+            loader.start(skip, int(self._own_length) if limited else None, at), "[FitLoop].train_dataloader_next"
         )
         if self._uneven is None:
             batches = self.path.moving(batches)

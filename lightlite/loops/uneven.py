@@ -85,7 +85,7 @@ def uneven(
         if not isinstance(loader, RankLoader) or not loader.end_as_they_come():
             return None
         return Uneven(lambda batches, _: ((batch, loader.present) for batch in batches))
-    if None in counts:
+    if any(distributed.gather_objects(loader.length is None)):  # whose number of batches may be less than its limit
         return Uneven(_agreed)
     if len(set(counts)) == 1:
         return None

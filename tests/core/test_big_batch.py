@@ -138,6 +138,17 @@ WINDOWS = {
         [6, 4, 3],
         {"use_distributed_sampler": False},
     ),
+    # half of each stream, and at most six of each
+    "own of known length, limited": (
+        DataLoader(SizedStream(0, by_rank(4, 9)), batch_size=1),
+        [5, 1],
+        {"use_distributed_sampler": False, "limit_train_batches": 0.5},
+    ),
+    "own, limited": (
+        DataLoader(Stream(0, by_rank(10, 4)), batch_size=1),
+        [6, 4],
+        {"use_distributed_sampler": False, "limit_train_batches": 6},
+    ),
     "one has none": (DataLoader(Stream(0, by_rank(0, 4)), batch_size=1), [3, 1], {"use_distributed_sampler": False}),
 }
 

@@ -7,6 +7,7 @@ data is found again.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -431,9 +432,11 @@ class Restorer:
         """Gradients of an open accumulation window; with another number of ranks, their mean."""
         trainer = self._trainer
         if len(windows) > 1 and windows[0] and (trainer.strategy.spreads or len(windows) != trainer.world_size):
-            names = windows[0]["gradients"]
-            mean = {name: sum(window["gradients"][name] for window in windows) / len(windows) for name in names}
-            windows = [{**windows[0], "gradients": mean}]
+            gradients = [window["gradients"] for window in windows]
+            names = dict.fromkeys(itertools.chain(*gradients))  # a rank may have none of some
+            mean = {name: sum(own[name] for own in gradients if name in own) / len(windows) for name in names}
+            lacking = windows[0].get("lacking", 0) * trainer.world_size / len(windows)
+            windows = [{**windows[0], "gradients": mean, "lacking": lacking}]
         trainer.resumed_window = windows[trainer.global_rank if len(windows) == trainer.world_size else 0]
 
     def _restore_strategy(self, states: list[dict[str, Any]]) -> None:

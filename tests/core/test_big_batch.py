@@ -210,3 +210,26 @@ def test_a_run_resumed_where_a_rank_has_no_part_ends_bit_for_bit_like_the_whole(
     whole = run()
     for parameter, expected in zip(run(tmp_path / "epoch=0-step=3.ckpt"), whole, strict=True):
         assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_one_process_goes_on_within_a_window_in_which_a_rank_had_no_part(tmp_path: Path, lacks: int) -> None:
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "use_distributed_sampler": False}
+
+    class Saving(Module):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.trainer.world_size == 2 and batch_idx == 2:
+                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    counts = (2, 4) if lacks == 0 else (4, 2)
+    quiet_trainer(tmp_path, devices=2, **settings).fit(Saving(tmp_path), DataLoader(Stream(0, by_rank(*counts)), 1))
+    quiet_trainer(tmp_path, **settings).fit(
+        Saving(tmp_path), DataLoader(Stream(4), 1), ckpt_path=tmp_path / "within.ckpt"
+    )
+    parameters = next(entry for entry in torch.load(tmp_path / "0.pt") if isinstance(entry[0], list))
+    # half of a global batch, and a whole one
+    half, whole = (
+        big_batch_gradient([value for _, value in parameters], [index]) for index in (12 if lacks == 0 else 2, 3)
+    )
+    for (gradient, _), first, second in zip(parameters, half, whole, strict=True):
+        torch.testing.assert_close(gradient, (first / 2 + second) / 1.5, rtol=1e-6, atol=1e-6)

@@ -120,6 +120,8 @@ def random_now(trainer: Trainer) -> dict[str, Any]:
 
 
 def _random_states(trainer: Trainer) -> dict[str, Any]:
+    if trainer.resumed_random_states is not None:  # the pass that is gone on with has not begun yet
+        return trainer.resumed_random_states
     fit, outside = trainer.fit_loop, _outside(trainer)
     return {
         **(trainer.epoch_random_state or {}),
@@ -135,7 +137,7 @@ def _random_states(trainer: Trainer) -> dict[str, Any]:
 
 def _windows(trainer: Trainer) -> list[dict[str, Any]]:
     """Each rank's open accumulation window; only one where their gradients are averaged already."""
-    window = trainer.fit_loop.step.state_dict() if trainer.fit_loop else {}
+    window = trainer.resumed_window or (trainer.fit_loop.step.state_dict() if trainer.fit_loop else {})
     if not trainer.strategy.spreads:
         return distributed.gather_objects(window)
     if window and not window["gradients"]:

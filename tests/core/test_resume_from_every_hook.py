@@ -150,6 +150,32 @@ def test_a_fit_goes_on_from_every_hook(tmp_path: Path, data: Any, average: bool,
         (tmp_path / "kept").rename(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("taken", [1, 3, 6])
+def test_a_fit_goes_on_from_where_a_resumed_one_begins(tmp_path: Path, taken: int) -> None:
+    class Saving(Checkpoint):
+        def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.progress.batches_total}-again.ckpt")
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.progress.batches_total}.ckpt")
+
+    def run(seed: int, ckpt_path: Any = None) -> tuple[Any, ...]:
+        torch.manual_seed(1)
+        module = Model()
+        torch.manual_seed(seed)
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=2, accumulate_grad_batches=2, callbacks=[Saving()], enable_checkpointing=None
+        )
+        trainer.fit(module, DataLoader(Noisy(6), 2, shuffle=True), DataLoader(Noisy(2), 2), ckpt_path=ckpt_path)
+        return weights(module), torch.rand(())
+
+    whole = run(seed=2)
+    run(3, tmp_path / f"{taken}.ckpt")
+    again = run(4, tmp_path / f"{taken}-again.ckpt")
+    assert_same_bits(again[0], whole[0])
+    assert again[1] == whole[1]
+
+
 def test_a_fit_that_was_stopped_stays_so_when_it_goes_on_by_itself_and_trains_on_from_a_path(tmp_path: Path) -> None:
     def epochs(ckpt_path: Any = None) -> int:
         keeper = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)

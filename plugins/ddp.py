@@ -211,8 +211,8 @@ class DDPStrategy(Strategy):
 
     def state_dict(self, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         """What the communication hook keeps on this rank, and its model and optimizers where those differ by rank."""
-        if self._ddp is None or self.comm_hook is None:
-            return {}
+        if self._resumed or self._ddp is None or self.comm_hook is None:
+            return self._resumed
         state: dict[str, Any] = {"hook": self._hook_state.state_dict()}
         if self._averager is not None:
             state["averager"] = self._averager.state_dict()

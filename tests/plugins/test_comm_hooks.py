@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightlite as pl
-from lightlite.callbacks import ModelCheckpoint
+from lightlite.callbacks import Callback, ModelCheckpoint
 from lightlite.errors import MisconfigurationException
 from lightlite.plugins.ddp import DDPStrategy
 
@@ -141,6 +141,22 @@ def test_a_resumed_run_ends_bit_for_bit_like_the_whole(tmp_path: Path, make: Any
     resumed = fitted(tmp_path, make(), tmp_path / f"step={step}.ckpt", ranks=ranks)
     assert difference(whole, resumed) == 0
     assert resumed.apart == whole.apart[step:]
+
+
+class SavesAtStart(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_what_is_saved_as_a_resumed_run_begins_is_what_it_was_resumed_from(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7)
+    whole = fitted(tmp_path, local_sgd(), callbacks=[keeper], enable_checkpointing=True)
+    again = tmp_path / "again.ckpt"
+    fitted(tmp_path, local_sgd(), tmp_path / "step=7.ckpt", callbacks=[SavesAtStart(again)], max_steps=8)
+    assert difference(whole, fitted(tmp_path, local_sgd(), again)) == 0
 
 
 def test_three_ranks_add_gradients_up_in_the_same_order_from_the_first_step_of_a_resumed_run(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ class FSDPStrategy(Strategy):
         """
         if self._root is not None:
             self._make_bare(self._root)
-            self._forget()
+        self._forget()
         batchnorm.restore(self._batchnorm)
         self._batchnorm = []
         self.accelerator.teardown()

@@ -106,6 +106,24 @@ def test_a_checkpoint_of_ddp_goes_on_with_fsdp(tmp_path: Path) -> None:
     assert_same(resumed, whole, 1e-6)
 
 
+class FailsToLoad(Callback):
+    """Has something against each checkpoint."""
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        raise ValueError("not this one")
+
+
+def test_what_a_failed_call_was_to_load_is_forgotten(tmp_path: Path, trained: dict[str, Any]) -> None:
+    made = trainer(tmp_path, "fsdp", 1, callbacks=[FailsToLoad()])
+    with pytest.raises(ValueError, match="not this one"):
+        fit(made, Blocks(), trained["full"][0] / "last.ckpt")
+    module = Blocks()
+    module.configure_model()
+    own = copy.deepcopy(module.state_dict())
+    made.validate(module, DataLoader(samples(3), 1), verbose=False)
+    assert_same(module.state_dict(), own)
+
+
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_a_checkpoint_is_validated_and_loaded(tmp_path: Path, trained: dict[str, Any], kind: str) -> None:
     folder, expected = trained[kind]

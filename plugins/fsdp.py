@@ -445,11 +445,16 @@ class FSDPStrategy(Strategy):
         """A nest, put together on rank zero, in the host's memory, a tensor after the other; no other rank keeps any.
 
         Raises:
-            CheckpointError: Where the ranks have parted.
+            CheckpointError: Where the ranks have parted, or the weights are lost.
         """
         return apply_to_tensors(state, self._whole)
 
     def _whole(self, tensor: Tensor) -> Tensor:
+            if tensor.is_meta and self.is_global_zero:
+                raise CheckpointError(
+                    "the weights are lost, and cannot be saved any more: they were spread over ranks that have parted; "
+                    "go on from a checkpoint that was saved within the fit"
+                )
         if not isinstance(tensor, DTensor):
             return tensor
         if self.device_mesh is None:

@@ -76,6 +76,8 @@ def test_a_module_on_meta_that_is_saved_in_shards_is_nowhere_whole(tmp_path: Pat
         Blocks.load_from_checkpoint(tmp_path / "last.ckpt"), data, verbose=False
     )
     assert scored[0] == pytest.approx(expected[0], abs=1e-6)
+    with pytest.raises(CheckpointError, match="the weights are lost, and cannot be saved any more"):
+        made.save_checkpoint(tmp_path / "lost.ckpt", weights_only=True)
 
 
 class Table(nn.Module):

@@ -189,6 +189,8 @@ class FSDPStrategy(Strategy):
         except BaseException:
             if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
                 self._lose(module)
+            else:
+                sharding.undo(module)
             raise
         if waiting is not None:
             self.load_module_state(*waiting)
@@ -307,17 +309,14 @@ class FSDPStrategy(Strategy):
 
     def before_training_epoch(self) -> None:
         """Tell the whole parameters, too, which are trained now."""
-        parameters = list(self.module.parameters())
-        trained = [parameter.requires_grad for parameter in parameters]
+        trained = [parameter.requires_grad for parameter in self.module.parameters()]
         if trained == self._trained or self._root is None:
             return
         self._trained = trained
-        units = sharding.units_of(self._root)
-        for unit in units:
+        for unit in sharding.units_of(self._root):  # one after the other: together they may be too large
             unit.unshard()
-        for whole, is_trained in zip(self.module.parameters(), trained, strict=True):
-            whole.requires_grad_(is_trained)
-        for unit in units:
+            for parameter, is_trained in zip(self.module.parameters(), trained, strict=True):
+                parameter.requires_grad_(is_trained)
             unit.reshard()
 
     def no_sync(self) -> AbstractContextManager[Any]:
@@ -450,12 +449,12 @@ class FSDPStrategy(Strategy):
         return apply_to_tensors(state, self._whole)
 
     def _whole(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
             if tensor.is_meta and self.is_global_zero:
                 raise CheckpointError(
                     "the weights are lost, and cannot be saved any more: they were spread over ranks that have parted; "
                     "go on from a checkpoint that was saved within the fit"
                 )
-        if not isinstance(tensor, DTensor):
             return tensor
         if self.device_mesh is None:
             raise CheckpointError(

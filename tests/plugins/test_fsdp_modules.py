@@ -162,6 +162,48 @@ def test_policies_choose_units_inner_ones_first() -> None:
         units("all")
 
 
+class Scaled(Blocks):
+    """Has a parameter without dimensions."""
+
+    def configure_model(self) -> None:
+        if self.blocks is None:
+            super().configure_model()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+def test_a_module_that_cannot_be_spread_is_left_as_it_was(tmp_path: Path) -> None:
+    module = Scaled()
+    for _ in range(2):
+        with pytest.raises(MisconfigurationException, match=r"scale: a parameter without dimensions.*the shape \(1,\)"):
+            fit(trainer(tmp_path, FSDPStrategy(activation_checkpointing_policy={nn.Sequential}), 1), module)
+    assert not any(part._forward_pre_hooks for part in module.modules())
+    module.scale = nn.Parameter(torch.ones(1))
+    fit(trainer(tmp_path, FSDPStrategy(activation_checkpointing_policy={nn.Sequential}), 1), module)
+
+
+def test_units_are_gathered_one_after_the_other_to_freeze_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = seeded_blocks()
+    strategy = prepared(Ranks(), module)
+    parameters = dict(module.named_parameters())
+    gathered, unshard = [], FSDPModule.unshard
+
+    def noting(unit: Any) -> None:
+        unshard(unit)
+        gathered.append(sum(not isinstance(parameter, DTensor) for parameter in module.parameters()))
+
+    for name, parameter in parameters.items():
+        parameter.requires_grad_("blocks.1" not in name)
+    with monkeypatch.context() as patched:
+        patched.setattr(FSDPModule, "unshard", noting)
+        strategy.before_training_epoch()
+    strategy.evaluation_step("forward")(samples()[:5][0]).sum().backward()
+    strategy.teardown()
+    strategy.disconnect()
+    assert gathered == [2] * 4  # a weight and a bias: of the head, and of each block
+    frozen = {name for name, parameter in parameters.items() if parameter.grad is None}
+    assert frozen == {"blocks.1.0.weight", "blocks.1.0.bias"}
+
+
 class Uneven(pl.LightningModule):
     """Runs its parts as often, and in such an order, as the batch says: other than other ranks do."""
 

@@ -242,12 +242,22 @@ def open_folder(path: PathLike) -> dict[str, Any]:
 def _whole(value: Any, map_location: Any) -> Any:
     """A nest with the tensors that are in a folder read."""
     if isinstance(value, shards.Stored):
-        return value.full_tensor().to(map_location)
+        return _located(value.full_tensor(), map_location)
     if isinstance(value, dict):
         return type(value)((key, _whole(item, map_location)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return type(value)(_whole(item, map_location) for item in value)
     return value
+
+
+def _located(tensor: torch.Tensor, map_location: Any) -> Any:
+    """A tensor where `torch.load` would put it."""
+    if isinstance(map_location, (str, torch.device)):
+        return tensor.to(map_location)
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return torch.load(file, map_location=map_location, weights_only=True)
 
 
 UNFINISHED = ".ckpt-tmp"

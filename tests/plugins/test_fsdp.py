@@ -127,7 +127,9 @@ def test_what_a_failed_call_was_to_load_is_forgotten(tmp_path: Path, trained: di
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_a_checkpoint_is_validated_and_loaded(tmp_path: Path, trained: dict[str, Any], kind: str) -> None:
     folder, expected = trained[kind]
-    assert_same(Blocks.load_from_checkpoint(folder / "last.ckpt").state_dict(), expected)
+    for where in (None, "cpu", {"cuda:0": "cpu"}, lambda storage, _: storage):
+        loaded = Blocks.load_from_checkpoint(folder / "last.ckpt", map_location=where)
+        assert_same(loaded.state_dict(), expected)
     data = DataLoader(samples(3), 1)
     scores = [
         trainer(tmp_path, strategy, devices).validate(Blocks(), data, folder / "last.ckpt", verbose=False)[0]

@@ -182,6 +182,7 @@ def test_models_are_apart_between_averagings_and_the_average_is_evaluated_and_sa
         torch.testing.assert_close(sum(values) / 2, mean)
 
 
+@pytest.mark.filterwarnings("ignore:.*was taken within an epoch of 6 batches")
 def test_other_numbers_of_ranks_begin_a_state_anew_with_a_warning(tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
     fitted(tmp_path, power_sgd(), callbacks=[keeper], enable_checkpointing=True, max_epochs=1)

@@ -7,6 +7,7 @@ records become plain objects, and no other class is ever looked up.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -70,7 +71,9 @@ class Stored:
         return self[tuple(slice(None) for _ in self.shape)]
 
     def _chunk(self, offsets: tuple[int, ...]) -> Tensor:
-        place = self._places[self._name, offsets]
+        place = self._places.get((self._name, offsets))
+        if place is None:
+            raise CorruptCheckpointError(f"{self._folder / TABLE} does not say where a part of {self._name} is")
         file = self._folder / place.relative_path
         try:
             with file.open("rb") as opened:
@@ -110,12 +113,22 @@ def open_folder(folder: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             table = _Unpickler(file).load()
         places = {(index.fqn, tuple(index.offset or ())): place for index, place in table.storage_data.items()}
+        foreign = next((place.relative_path for place in places.values() if not _lies_beside(place)), None)
+        if foreign is not None:
+            raise CheckpointError(
+                f"{path} names {foreign!r}, which is no file of its own folder; nothing was read of it"
+            )
         records = {name: one for name, one in table.state_dict_metadata.items() if hasattr(one, "chunks")}
         return {name: Stored(folder, name, record, places) for name, record in records.items()}
     except CheckpointError:
         raise
     except Exception as error:
         raise CorruptCheckpointError(f"{path} is truncated or damaged ({type(error).__name__}: {error})") from None
+
+
+def _lies_beside(place: Any) -> bool:
+    name = place.relative_path
+    return os.path.basename(name) == name and name not in ("", os.curdir, os.pardir)
 
 
 class _Record:

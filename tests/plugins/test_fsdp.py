@@ -195,6 +195,17 @@ def test_a_folder_that_would_run_code_runs_none(tmp_path: Path, trained: dict[st
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_folder_that_names_files_elsewhere_reads_none_of_them(tmp_path: Path, trained: dict[str, Any]) -> None:
+    copied = damaged(
+        trained["sharded"][0] / "last.ckpt",
+        tmp_path / "copy",
+        ".metadata",
+        lambda content: content.replace(b"__0_0.distcp", b"../../secret"),
+    )
+    with pytest.raises(CheckpointError, match=r"names '\.\./\.\./secret', which is no file of its own folder"):
+        storage.read(copied)
+
+
 class FailsToWrite(Callback):
     """Saves where rank one's shards cannot be written, over a checkpoint that is there."""
 

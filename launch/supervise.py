@@ -262,7 +262,7 @@ class Watch:
                 self._aware.set()  # from here on the handler raises nothing
                 with self._lock:
                     if self._told and not in_main:
-                        _raise_in(self._caller, None)
+                        _let_come(self._caller)
         finally:
             if in_main:
                 signal.set_wakeup_fd(self._forward_to, warn_on_full_buffer=False)
@@ -287,10 +287,21 @@ def _readable(connection: socket.socket) -> bool:
         return bool(selector.select(0))
 
 
-def _raise_in(thread: threading.Thread, exception: type[BaseException] | None) -> None:
+def _raise_in(thread: threading.Thread, exception: type[BaseException]) -> None:
     assert thread.ident is not None
-    argument = ctypes.py_object(exception) if exception is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), argument)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(exception))
+
+
+def _let_come(thread: threading.Thread) -> None:
+    """Have done with an exception that may be on its way to this thread: it is raised here, at the latest, and over.
+
+    It is not taken back: CPython 3.11 lowers its flag for such exceptions only when it finds one, so that it would look
+    for it at every call from then on, and at the first one under a profiler for ever.
+    """
+    with contextlib.suppress(OtherRankFailed):
+        _raise_in(thread, OtherRankFailed)
+        for _ in range(10**6):
+            pass
 
 
 def _obituary(helper: Helper) -> Report:

@@ -166,6 +166,37 @@ def test_a_rank_zero_that_hangs_in_another_thread_is_told(pool: HelperPool) -> N
     assert type(raised[0]) is ValueError
 
 
+TOLD_IN_A_THREAD = """
+import cProfile, threading, time
+from lightlite.launch.helpers import HelperPool
+
+def work(ranks):
+    if ranks.rank == 1:
+        raise ValueError
+    while True:
+        time.sleep(0.01)
+
+def call():
+    try:
+        HelperPool(2).run(work)
+    except ValueError:
+        print("told")
+
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
+cProfile.Profile().runcall(str.upper, "a")
+cProfile.Profile().runcall(lambda: print("profiled"))
+"""
+
+
+def test_a_thread_that_was_told_leaves_nothing_that_a_profiler_stumbles_over(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TOLD_IN_A_THREAD)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["told", "profiled"], done.stderr
+
+
 def test_a_failure_before_the_ranks_have_met_frees_those_who_wait(pool: HelperPool) -> None:
     def work(ranks: Ranks) -> None:
         if ranks.rank == 1:

@@ -540,4 +540,6 @@ def _part_of_state(value: Any, own: Any) -> Any:
 
 
 def _write_shards(tensors: dict[str, Any], folder: str) -> None:
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True))
+    # Without copying ahead on a stream, which a third party's device need not have, in use here or not.
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, per_thread_copy_ahead=0)
+    dcp.save(tensors, storage_writer=writer)

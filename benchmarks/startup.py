@@ -60,8 +60,7 @@ for x, y in DataLoader(data, batch_size=8, sampler=sampler):
     break
 if os.environ.get("RANK", "0") == "0":
     print("FIRST STEP", time.time(), flush=True)
-if ranks > 1:
-    dist.destroy_process_group()
+os._exit(0)  # what comes after is not measured, and gloo's threads abort now and then where a group is destroyed
 """
 
 TRAINER = """

@@ -43,7 +43,6 @@ def main() -> None:
     os.register_at_fork(after_in_child=connection.close)
     tasks: queue.SimpleQueue[tuple[Task, int]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, parent, tasks), daemon=True).start()
-    gc.collect()
     gc.freeze()
     while True:
         task, file = tasks.get()

@@ -15,11 +15,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lightlite.callbacks import Callback
-from lightlite.datamodule import LightningDataModule
-from lightlite.module import LightningModule
-from lightlite.trainer import Trainer
-from lightlite.utilities.seed import seed_everything
+from lightlite.importing import without_collections
+
+with without_collections():
+    from lightlite.callbacks import Callback
+    from lightlite.datamodule import LightningDataModule
+    from lightlite.module import LightningModule
+    from lightlite.trainer import Trainer
+    from lightlite.utilities.seed import seed_everything
 
 if TYPE_CHECKING:
     from lightlite.fabric import Fabric

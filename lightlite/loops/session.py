@@ -19,6 +19,7 @@ from lightlite.datamodule import LightningDataModule
 from lightlite.distributed import Ranks
 from lightlite.errors import MisconfigurationException
 from lightlite.hooks import DataHooks, HookTable, is_overridden
+from lightlite.importing import import_what_optimizers_need
 from lightlite.loggers import WandbLogger
 from lightlite.loops.preemption import Preemption
 from lightlite.module import LightningModule
@@ -103,6 +104,8 @@ def session(
     trainer.state.fn, trainer.state.status, trainer.state.stage = fn, TrainerStatus.RUNNING, STAGES[fn]
     trainer.begin(module, source)
     try:
+        if fn is TrainerFn.FITTING:
+            import_what_optimizers_need()  # rank 0 has the time now, while the others are starting
         trainer.connect(ranks)
         listens = fn is TrainerFn.FITTING and not for_trial
         trainer.preemption = Preemption(trainer)

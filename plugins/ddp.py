@@ -169,10 +169,10 @@ class DDPStrategy(Strategy):
             self._hook_state.begin(self.ranks)
             with batchnorm.bare(self._batchnorm):
                 self._ddp = self._wrap(self.module, self._hook_state.given)
-            if self._period is not None and self._averager is None:
-                start = self._hook_state.given.start_localSGD_iter
-                self._averager = ModelAverager(self.module, self._period, start)
-                self.after_step = self._averager.after_step
+        if self._period is not None and self._averager is None:
+            start = self._hook_state.given.start_localSGD_iter
+            self._averager = ModelAverager(self.module, self._period, start)
+            self.after_step = self._averager.after_step
 
     def _training_step(self, *args: Any) -> Any:
         return cast(Any, self.module).training_step(*args) if self._ddp is None else self._ddp("training_step", *args)
@@ -227,7 +227,8 @@ class DDPStrategy(Strategy):
         state, self._resumed = self._resumed, {}
         if self._ddp is None:
             return
-        self._hook_state.load_state_dict(state["hook"], self.root_device)
+        if "hook" in state:
+            self._hook_state.load_state_dict(state["hook"], self.root_device)
         if self._averager is not None and "averager" in state:
             self._averager.load_state_dict(state["averager"])
             for optimizer, kept in zip(self._resumed_optimizers, state["optimizers"], strict=True):

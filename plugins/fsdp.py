@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightlite import distributed
 from lightlite.distributed import Ranks
-from lightlite.errors import CheckpointError, MisconfigurationException
+from lightlite.errors import CheckpointError, MisconfigurationException, MismatchedCheckpointError
 from lightlite.interfaces import Accelerator, Strategy
 from lightlite.nest import apply_to_tensors
 from lightlite.plugins import batchnorm, sharding
@@ -30,7 +30,8 @@ from lightlite.plugins.turns import Root, Turns
 SHARDING = {"FULL_SHARD": True, "SHARD_GRAD_OP": False, "HYBRID_SHARD": True, "_HYBRID_SHARD_ZERO2": False}
 """Names of FSDP1's sharding strategies, and whether parameters are gathered anew for the backward pass."""
 
-_LOST = "_lightlite_weights_lost"
+_LOST, _GIVEN = "_lightlite_weights_lost", "_lightlite_units"
+"""What is noted in a module: that its weights are lost, and the names of the units that `configure_model` chose."""
 
 
 class FSDPStrategy(Strategy):
@@ -88,12 +89,12 @@ class FSDPStrategy(Strategy):
         self.sharding_strategy = str(getattr(sharding_strategy, "name", sharding_strategy))
         if self.sharding_strategy not in SHARDING:
             raise MisconfigurationException(
-                f"FSDPStrategy(sharding_strategy={sharding_strategy!r}): give {', '.join(map(repr, SHARDING))}; where "
+                f"{type(self).__name__}(sharding_strategy={sharding_strategy!r}): give {', '.join(map(repr, SHARDING))}; where "
                 "every rank is to hold the whole, use strategy='ddp'"
             )
         if state_dict_type not in ("full", "sharded"):
             raise MisconfigurationException(
-                f"FSDPStrategy(state_dict_type={state_dict_type!r}): give 'full' for a file, or 'sharded' for a folder"
+                f"{type(self).__name__}(state_dict_type={state_dict_type!r}): give 'full' for a file, or 'sharded' for a folder"
             )
         self.auto_wrap_policy, self.mixed_precision = auto_wrap_policy, mixed_precision
         self.activation_checkpointing_policy = activation_checkpointing_policy
@@ -105,7 +106,6 @@ class FSDPStrategy(Strategy):
         self._given_mesh = device_mesh
         self.device_mesh: DeviceMesh | None = None
         self._formed_group = False
-        self._given_units: list[str] = []
         self._batchnorm: batchnorm.Former = []
         self._forget()
 
@@ -135,7 +135,7 @@ class FSDPStrategy(Strategy):
             sizes = (self.ranks.num_nodes, self.ranks.local_world_size) if hybrid else (self.world_size,)
         if len(sizes) > 2 or math.prod(sizes) != self.world_size:
             raise MisconfigurationException(
-                f"FSDPStrategy(device_mesh={sizes}): give one or two sizes whose product is the number of ranks, "
+                f"{type(self).__name__}(device_mesh={sizes}): give one or two sizes whose product is the number of ranks, "
                 f"{self.world_size}"
             )
         return init_device_mesh(self.root_device.type, tuple(sizes), mesh_dim_names=self._mesh_names(len(sizes)))
@@ -160,9 +160,11 @@ class FSDPStrategy(Strategy):
             broadcast(tensor for _, _, _, tensor, _ in sharding.owners(module))
         own = torch.get_rng_state()
         torch.set_rng_state(distributed.broadcast_object(own))
-        yield
-        if self.global_rank > 0:
-            torch.set_rng_state(own)
+        try:
+            yield
+        finally:
+            if self.global_rank > 0:
+                torch.set_rng_state(own)
 
     def synchronize_batchnorm(self, module: nn.Module) -> None:
         """Have batch normalization compute its statistics over all ranks, until `teardown`."""
@@ -193,7 +195,11 @@ class FSDPStrategy(Strategy):
                 sharding.undo(module)
             raise
         if waiting is not None:
-            self.load_module_state(*waiting)
+            try:
+                self.load_module_state(*waiting)
+            except (KeyError, RuntimeError, ValueError) as error:
+                name = type(module).__name__
+                raise MismatchedCheckpointError(f"the checkpoint does not hold {name}'s weights: {error}") from error
         self._trained = [parameter.requires_grad for parameter in module.parameters()]
         return self._training_step if training else None
 
@@ -210,13 +216,14 @@ class FSDPStrategy(Strategy):
         policy = self.auto_wrap_policy
         recompute = self.activation_checkpointing_policy
         again = [] if recompute is None else sharding.choose_units(module, recompute, False)
-        given = sharding.units_of(module)
-        if given:
-            self._given_units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
-            units: list[nn.Module] = []
+        units: list[nn.Module] = []
+        if sharding.units_of(module):
+            module.__dict__[_GIVEN] = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
         else:  # first of all what configure_model had chosen, in an earlier call
-            units = [part for name, part in module.named_modules() if name in self._given_units][::-1]
+            given = module.__dict__.get(_GIVEN, ())
+            units = [part for name, part in module.named_modules() if name in given][::-1]
             units = units or sharding.choose_units(module, policy, by_hand)
+            sharding.check_shared(module, units)
         for part in again:
             _recompute(part)
         options = self._shard_options(module)
@@ -308,9 +315,13 @@ class FSDPStrategy(Strategy):
         broadcast((self.module if module is None else module).buffers())
 
     def before_training_epoch(self) -> None:
-        """Tell the whole parameters, too, which are trained now."""
+        """Forget gradients of a window that was left open, and tell the whole parameters, too, which are trained now."""
+        if self._root is None:
+            return
+        if not self.sync_each_batch:
+            sharding.forget_whole_gradients(self._root)
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
-        if trained == self._trained or self._root is None:
+        if trained == self._trained:
             return
         self._trained = trained
         for unit in sharding.units_of(self._root):  # one after the other: together they may be too large
@@ -374,16 +385,14 @@ class FSDPStrategy(Strategy):
             for gradient in gradients:
                 sharding.local(gradient).clamp_(-value, value)
             return None
-        norms = [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
-        wholes = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        total = torch.linalg.vector_norm(torch.stack(wholes), norm_type) if wholes else torch.tensor(0.0)
+        total = sharding.total_norm(gradients, norm_type, self.root_device)
         if error_if_nonfinite and not bool(total.isfinite()):
             raise RuntimeError(
                 f"the gradients' total norm, of order {norm_type}, is not finite: they cannot be clipped"
             )
         factor = torch.clamp(value / (total + 1e-6), max=1.0)
         for gradient in gradients:
-            sharding.local(gradient).mul_(factor)
+            sharding.local(gradient).mul_(factor.to(gradient.device))
         return total
 
     def part(self, tensor: Any, parameter: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
@@ -109,6 +110,38 @@ def _by_size(module: nn.Module, decide: Callable[[nn.Module, int], Any]) -> list
     return found
 
 
+def check_shared(module: nn.Module, units: Iterable[nn.Module]) -> None:
+    """See that a parameter that several modules share travels with one unit.
+
+    Args:
+        module: The user's module.
+        units: The submodules that are to be units; what is in none of them is the module's own.
+
+    Raises:
+        MisconfigurationException: Naming the parameter by all its names.
+    """
+    outer = {id(unit) for unit in units}
+    found: dict[int, dict[int, str]] = {}
+
+    def visit(part: nn.Module, prefix: str, unit: int) -> None:
+        unit = id(part) if id(part) in outer else unit
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), {}).setdefault(unit, prefix + name)
+        for name, child in part._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.", unit)
+
+    visit(module, "", id(module))
+    for names in found.values():
+        if len(names) > 1:
+            raise MisconfigurationException(
+                f"{' and '.join(names.values())} are one parameter, which is shared by modules that are sharded apart; "
+                "give the strategy an auto_wrap_policy, such as a set of classes, that leaves these modules out, or "
+                "chooses one that holds them all"
+            )
+
+
 def owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
     """Of each parameter and buffer: its name, the module it is in, its name there, itself, whether it is a parameter.
 
@@ -158,6 +191,42 @@ def fill(target: Tensor, source: Any) -> Tensor:
             part = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
             held.copy_(source[part])
     return target
+
+
+def total_norm(gradients: list[Tensor], order: float, device: torch.device) -> Tensor:
+    """The norm of all ranks' parts of the gradients, as one vector. A collective call, whatever there are.
+
+    Args:
+        gradients: The same ones in the same order on every rank.
+        order: That of the norm, as for `torch.linalg.vector_norm`.
+        device: Where the ranks meet.
+    """
+    spread: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        how = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        held = local(gradient.detach())
+        norm = torch.linalg.vector_norm(held, order) if held.numel() else torch.zeros((), dtype=held.dtype)
+        spread.setdefault(how, []).append(norm.to(device))
+    totals = []
+    for how, norms in spread.items():
+        own = torch.stack(norms)
+        for dimension, placement in enumerate(how[1] if how else ()):
+            if placement.is_shard():
+                parts = [torch.empty_like(own) for _ in range(how[0].size(dimension))]
+                dist.all_gather(parts, own, group=how[0].get_group(dimension))
+                own = torch.linalg.vector_norm(torch.stack(parts), order, dim=0)
+        totals.append(torch.linalg.vector_norm(own, order))
+    return torch.linalg.vector_norm(torch.stack(totals), order) if totals else torch.tensor(0.0, device=device)
+
+
+def forget_whole_gradients(module: nn.Module) -> None:
+    """Drop the gradients that units keep whole, until they are averaged over the ranks."""
+    for unit in units_of(module):
+        group = cast(Any, unit)._get_fsdp_state()._fsdp_param_group
+        for parameter in () if group is None else group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
 
 
 def hollow(tensor: Tensor, device: torch.device) -> Tensor:

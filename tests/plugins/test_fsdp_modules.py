@@ -30,7 +30,7 @@ from lightlite.callbacks import (
     StochasticWeightAveraging,
 )
 from lightlite.distributed import Ranks
-from lightlite.errors import CheckpointError, MisconfigurationException
+from lightlite.errors import CheckpointError, MisconfigurationException, MismatchedCheckpointError
 from lightlite.fabric import Fabric
 from lightlite.plugins import sharding
 from lightlite.plugins.cpu import CPUAccelerator
@@ -78,6 +78,13 @@ def test_a_module_on_meta_that_is_saved_in_shards_is_nowhere_whole(tmp_path: Pat
     assert scored[0] == pytest.approx(expected[0], abs=1e-6)
     with pytest.raises(CheckpointError, match="the weights are lost, and cannot be saved any more"):
         made.save_checkpoint(tmp_path / "lost.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_of_another_width_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "single", 1, callbacks=[ModelCheckpoint(tmp_path, "last")], enable_checkpointing=True)
+    fit(made, Blocks())
+    with pytest.raises(MismatchedCheckpointError, match=r"does not hold Blocks's weights:(.|\n)*size mismatch"):
+        fit(trainer(tmp_path), Blocks(width=8), tmp_path / "last.ckpt")
 
 
 class Table(nn.Module):
@@ -160,6 +167,22 @@ def test_policies_choose_units_inner_ones_first() -> None:
     assert units(lambda part: isinstance(part, nn.Linear) and part.out_features == 2) == ["head"]
     with pytest.raises(MisconfigurationException, match=r"auto_wrap_policy='all'; give None, a set of classes"):
         units("all")
+
+
+class Tied(Blocks):
+    """Two of its parts share a weight."""
+
+    def configure_model(self) -> None:
+        if self.blocks is None:
+            super().configure_model()
+            self.blocks[2][0].weight = self.blocks[0][0].weight  # type: ignore[index]
+
+
+def test_a_parameter_of_two_units_is_named(tmp_path: Path) -> None:
+    words = r"blocks\.0\.0\.weight and blocks\.2\.0\.weight are one parameter, .*; give the strategy an auto_wrap_policy"
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(trainer(tmp_path), Tied())
+    fit(trainer(tmp_path, FSDPStrategy(auto_wrap_policy={nn.Embedding})), Tied())
 
 
 class Scaled(Blocks):
@@ -248,37 +271,44 @@ def seeded_blocks() -> Blocks:
     return module
 
 
-def of_gradients(ranks: Ranks, norm_type: float) -> tuple[float, list[Tensor], list[Tensor], str]:
+NORMS = (2.0, float("inf"))
+
+
+def of_gradients(ranks: Ranks) -> tuple[list[Any], list[Tensor], str]:
     module = seeded_blocks()
     strategy = prepared(ranks, module)
     parameters = list(module.parameters())
     scored(strategy.evaluation_step("forward"), ranks.rank).backward()
-    norm = strategy.clip_gradients(parameters, 0.1, "norm", norm_type)
-    assert norm is not None
     gradients: list[Any] = [parameter.grad for parameter in parameters]
-    clipped = [gradient.full_tensor() for gradient in gradients]
+    first = [gradient.to_local().clone() for gradient in gradients]
+    clipped = []
+    for norm_type in NORMS:
+        for gradient, held in zip(gradients, first, strict=True):
+            gradient.to_local().copy_(held)
+        norm = strategy.clip_gradients(parameters, 0.1, "norm", norm_type)
+        clipped.append((norm, [gradient.full_tensor() for gradient in gradients]))
     strategy.clip_gradients(parameters, 0.001, "value")
     cut = [gradient.full_tensor() for gradient in gradients]
     gradients[0].to_local().fill_(torch.inf if ranks.rank else 0.0)
     with pytest.raises(RuntimeError) as error:
-        strategy.clip_gradients(parameters, 0.1, "norm", norm_type, error_if_nonfinite=True)
-    return float(norm), clipped, cut, str(error.value)
+        strategy.clip_gradients(parameters, 0.1, "norm", error_if_nonfinite=True)
+    return clipped, cut, str(error.value)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
-def test_gradients_are_clipped_as_in_one_process(norm_type: float) -> None:
-    module = seeded_blocks()
-    ((scored(module, 0) + scored(module, 1)) / 2).backward()
-    parameters = list(module.parameters())
-    norm = nn.utils.clip_grad_norm_(parameters, 0.1, norm_type)
-    clipped = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+def test_gradients_are_clipped_as_in_one_process() -> None:
+    expected = []
+    for norm_type in NORMS:
+        module = seeded_blocks()
+        torch.stack([scored(module, rank) for rank in range(4)]).mean().backward()
+        parameters = list(module.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, 0.1, norm_type)
+        expected.append((norm, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]))
     nn.utils.clip_grad_value_(parameters, 0.001)
     cut = [parameter.grad for parameter in parameters]
-    for found in run_ranks(2, of_gradients, norm_type):
-        assert found[0] == pytest.approx(float(norm), abs=1e-6)
-        torch.testing.assert_close(found[1], clipped, rtol=0, atol=1e-6)
-        torch.testing.assert_close(found[2], cut, rtol=0, atol=1e-6)
-        assert found[3] == f"the gradients' total norm, of order {norm_type}, is not finite: they cannot be clipped"
+    for found in run_ranks(4, of_gradients):  # one of which holds no part of a bias
+        torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[1], cut, rtol=0, atol=1e-6)
+        assert found[2] == "the gradients' total norm, of order 2.0, is not finite: they cannot be clipped"
 
 
 class Watching(Callback):
@@ -306,6 +336,23 @@ def test_accumulated_gradients_are_those_of_one_process(tmp_path: Path, sync_eac
     assert len(alone.noted) == 2  # of three batches, and of the two that are left
     torch.testing.assert_close(spread.noted, alone.noted, rtol=0, atol=1e-6)
     assert_same(spread.state_dict(), alone.state_dict(), 1e-6)
+
+
+class CutsShort(Blocks):
+    """Leaves its first epoch in the middle of a window."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 2 else None
+
+
+def test_a_window_that_an_epoch_leaves_open_is_forgotten(tmp_path: Path) -> None:
+    found = []
+    for strategy, devices in (("single", 1), (FSDPStrategy(sync_each_batch=False), 2)):
+        torch.manual_seed(0)
+        made = trainer(tmp_path, strategy, devices, accumulate_grad_batches=3, callbacks=[Watching()])
+        found.append(fit(made, CutsShort()))
+    assert len(found[0].noted) == 2
+    torch.testing.assert_close(found[1].noted, found[0].noted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
@@ -387,6 +434,15 @@ def test_a_module_may_shard_itself(tmp_path: Path) -> None:
     assert_same(module.state_dict(), alone.state_dict(), 1e-6)
     with pytest.raises(MisconfigurationException, match="tensor parallelism is not in lightlite"):
         ModelParallelStrategy(tensor_parallel_size=2)
+
+
+def test_what_one_module_chose_is_nothing_to_another(tmp_path: Path) -> None:
+    strategy = ModelParallelStrategy(save_distributed_checkpoint=False)
+    first, second = ShardsItself(), Blocks()
+    chosen, blocks = ["", "blocks.1", "head"], ["blocks.0", "blocks.1", "blocks.2"]
+    for module, units in ((first, chosen), (second, blocks), (first, chosen)):
+        fit(trainer(tmp_path, strategy, callbacks=[CountsUnits()], max_epochs=1), module)
+        assert module.units == units
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])

@@ -121,9 +121,6 @@ class Accelerator(ABC):
     def set_random_state(self, state: Any, device: torch.device) -> None:
         """Put back what `random_state` returned."""
 
-    def seed(self, seed: int) -> None:
-        """Seed the device's own random generators; `torch.manual_seed` has been called."""
-
     def synchronize(self, device: torch.device) -> None:
         """Wait until the device has done what it was given."""
 

@@ -69,7 +69,11 @@ STRATEGIES = Declared(
             "fsdp that keeps them in the host's memory",
             {"cpu_offload": True},
         ),
-        "model_parallel": ("lightlite.plugins.fsdp:ModelParallelStrategy", "fsdp as configure_model says", {}),
+        "model_parallel": (
+            "lightlite.plugins.model_parallel:ModelParallelStrategy",
+            "fsdp as configure_model says",
+            {},
+        ),
     },
     groups={"auto": ("single", "ddp")},
     left_out=("deepspeed", "xla", "bagua", "colossalai", "horovod", "hivemind"),

@@ -150,10 +150,6 @@ class CUDAAccelerator(Accelerator):
         """Put back what `random_state` returned."""
         torch.cuda.set_rng_state(state.cpu(), device)
 
-    def seed(self, seed: int) -> None:
-        """Seed every GPU's generator; takes effect later where CUDA is not initialised yet."""
-        torch.cuda.manual_seed_all(seed)
-
     def synchronize(self, device: torch.device) -> None:
         """Wait for every stream of the device."""
         torch.cuda.synchronize(device)

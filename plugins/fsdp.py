@@ -89,12 +89,13 @@ class FSDPStrategy(Strategy):
         self.sharding_strategy = str(getattr(sharding_strategy, "name", sharding_strategy))
         if self.sharding_strategy not in SHARDING:
             raise MisconfigurationException(
-                f"{type(self).__name__}(sharding_strategy={sharding_strategy!r}): give {', '.join(map(repr, SHARDING))}; where "
-                "every rank is to hold the whole, use strategy='ddp'"
+                f"{type(self).__name__}(sharding_strategy={sharding_strategy!r}): give "
+                f"{', '.join(map(repr, SHARDING))}; where every rank is to hold the whole, use strategy='ddp'"
             )
         if state_dict_type not in ("full", "sharded"):
             raise MisconfigurationException(
-                f"{type(self).__name__}(state_dict_type={state_dict_type!r}): give 'full' for a file, or 'sharded' for a folder"
+                f"{type(self).__name__}(state_dict_type={state_dict_type!r}): give 'full' for a file, or "
+                "'sharded' for a folder"
             )
         self.auto_wrap_policy, self.mixed_precision = auto_wrap_policy, mixed_precision
         self.activation_checkpointing_policy = activation_checkpointing_policy
@@ -135,8 +136,8 @@ class FSDPStrategy(Strategy):
             sizes = (self.ranks.num_nodes, self.ranks.local_world_size) if hybrid else (self.world_size,)
         if len(sizes) > 2 or math.prod(sizes) != self.world_size:
             raise MisconfigurationException(
-                f"{type(self).__name__}(device_mesh={sizes}): give one or two sizes whose product is the number of ranks, "
-                f"{self.world_size}"
+                f"{type(self).__name__}(device_mesh={sizes}): give one or two sizes whose product is the number of "
+                f"ranks, {self.world_size}"
             )
         return init_device_mesh(self.root_device.type, tuple(sizes), mesh_dim_names=self._mesh_names(len(sizes)))
 
@@ -315,7 +316,7 @@ class FSDPStrategy(Strategy):
         broadcast((self.module if module is None else module).buffers())
 
     def before_training_epoch(self) -> None:
-        """Forget gradients of a window that was left open, and tell the whole parameters, too, which are trained now."""
+        """Forget a window that was left open, and tell the whole parameters, too, which are trained now."""
         if self._root is None:
             return
         if not self.sync_each_batch:
@@ -476,48 +477,6 @@ class FSDPStrategy(Strategy):
     def load_checkpoint(self, path: Any) -> dict[str, Any]:
         """Read a checkpoint; of a folder, each rank will read its part."""
         return self.checkpoint_io.open_checkpoint(path)
-
-
-class ModelParallelStrategy(FSDPStrategy):
-    """FSDP as `configure_model` says, by `fully_shard(block, mesh=self.device_mesh["data_parallel"])`.
-
-    Args:
-        data_parallel_size: "auto", or the number of ranks.
-        tensor_parallel_size: "auto" or 1; parts of layers on several ranks are not in lightlite.
-        save_distributed_checkpoint: Whether checkpoints are sharded; see `FSDPStrategy(state_dict_type=…)`.
-        options: Others of FSDPStrategy.
-
-    Raises:
-        MisconfigurationException: For tensor parallelism.
-    """
-
-    name = "model_parallel"
-
-    def __init__(
-        self,
-        data_parallel_size: int | Literal["auto"] = "auto",
-        tensor_parallel_size: int | Literal["auto"] = "auto",
-        save_distributed_checkpoint: bool = True,
-        **options: Any,
-    ) -> None:
-        if tensor_parallel_size not in ("auto", 1):
-            raise MisconfigurationException(
-                f"ModelParallelStrategy(tensor_parallel_size={tensor_parallel_size!r}): tensor parallelism is not in "
-                "lightlite; leave it out, to shard over all ranks"
-            )
-        sizes = None if data_parallel_size == "auto" else (data_parallel_size, 1)
-        kind: Literal["full", "sharded"] = "sharded" if save_distributed_checkpoint else "full"
-        super().__init__(**{"state_dict_type": kind, "device_mesh": sizes, **options})
-
-    def _make_mesh(self, sizes: tuple[int, ...] | None) -> DeviceMesh:
-        return super()._make_mesh(sizes or (self.world_size, 1))
-
-    def _mesh_names(self, dimensions: int) -> tuple[str, ...]:
-        return ("data_parallel", "tensor_parallel")
-
-    def _shard_options(self, module: nn.Module) -> dict[str, Any]:
-        assert self.device_mesh is not None
-        return {**super()._shard_options(module), "mesh": self.device_mesh["data_parallel"]}
 
 
 def _is_blank(module: nn.Module) -> bool:

@@ -89,10 +89,6 @@ class MPSAccelerator(Accelerator):
         """Put back what `random_state` returned."""
         torch.mps.set_rng_state(state.cpu())
 
-    def seed(self, seed: int) -> None:
-        """Seed the GPU's generator."""
-        torch.mps.manual_seed(seed)
-
     def synchronize(self, device: torch.device) -> None:
         """Wait for the GPU."""
         torch.mps.synchronize()

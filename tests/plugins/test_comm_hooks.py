@@ -182,6 +182,28 @@ def test_models_are_apart_between_averagings_and_the_average_is_evaluated_and_sa
         torch.testing.assert_close(sum(values) / 2, mean)
 
 
+class ThawsLater(Module):
+    """All its parameters are frozen until the second epoch."""
+
+    def setup(self, stage: str) -> None:
+        self.requires_grad_(False)
+        self.factor = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if self.current_epoch else None
+
+    def on_train_epoch_start(self) -> None:
+        self.requires_grad_(self.current_epoch == 1)
+
+
+def test_models_are_averaged_that_are_trained_only_later(tmp_path: Path) -> None:
+    strategy = local_sgd(period=3, start=2)
+    strategy.options["find_unused_parameters"] = True
+    module = ThawsLater()
+    trainer_of(tmp_path, strategy).fit(module, DataLoader(data(), batch_size=8))
+    assert [distance > 0 for distance in module.apart] == [False] * 6 + [False, False, False, True, True, False]
+
+
 @pytest.mark.filterwarnings("ignore:.*was taken within an epoch of 6 batches")
 def test_other_numbers_of_ranks_begin_a_state_anew_with_a_warning(tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)

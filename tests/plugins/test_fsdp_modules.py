@@ -34,7 +34,8 @@ from lightlite.errors import CheckpointError, MisconfigurationException, Mismatc
 from lightlite.fabric import Fabric
 from lightlite.plugins import sharding
 from lightlite.plugins.cpu import CPUAccelerator
-from lightlite.plugins.fsdp import FSDPStrategy, ModelParallelStrategy
+from lightlite.plugins.fsdp import FSDPStrategy
+from lightlite.plugins.model_parallel import ModelParallelStrategy
 from lightlite.plugins.precision import FullPrecision
 
 pytestmark = pytest.mark.filterwarnings(
@@ -179,7 +180,9 @@ class Tied(Blocks):
 
 
 def test_a_parameter_of_two_units_is_named(tmp_path: Path) -> None:
-    words = r"blocks\.0\.0\.weight and blocks\.2\.0\.weight are one parameter, .*; give the strategy an auto_wrap_policy"
+    words = (
+        r"blocks\.0\.0\.weight and blocks\.2\.0\.weight are one parameter, .*; give the strategy an auto_wrap_policy"
+    )
     with pytest.raises(MisconfigurationException, match=words):
         fit(trainer(tmp_path), Tied())
     fit(trainer(tmp_path, FSDPStrategy(auto_wrap_policy={nn.Embedding})), Tied())

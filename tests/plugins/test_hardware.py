@@ -404,7 +404,7 @@ def test_what_a_device_says_of_an_error_is_noted_on_it() -> None:
 def use_for_real(accelerator: Accelerator, device: torch.device) -> None:
     """What a run does with a device: module, batch, random state, figures."""
     accelerator.setup_device(device)
-    accelerator.seed(3)
+    torch.manual_seed(3)
     net = nn.BatchNorm1d(2)
     accelerator.move_module(net, device)
     assert {tensor.device for tensor in net.state_dict().values()} == {device}

@@ -12,10 +12,13 @@ import torch
 class Initialised(BaseException):
     pass
 
-def initialise(*args, **kwargs):
-    raise Initialised("CUDA was initialised")
+def initialise(name):
+    def fail(*args, **kwargs):
+        raise Initialised("CUDA was initialised")
+    setattr(torch.cuda, name, fail)
 
-torch.cuda._lazy_init = torch.cuda.set_device = torch.cuda.get_device_properties = initialise
+for name in ("_lazy_init", "set_device", "get_device_properties"):
+    initialise(name)
 torch.cuda.device_count = lambda: 2
 torch.cuda.is_available = lambda: True
 

@@ -94,10 +94,6 @@ class SimAccelerator(Accelerator):
         """Put back what `random_state` returned."""
         _device().set_rng_state(state)
 
-    def seed(self, seed: int) -> None:
-        """Seed the generator."""
-        _device().manual_seed(seed)
-
     def get_device_stats(self, device: torch.device) -> dict[str, float]:
         """Memory that this process's tensors on the device take."""
         return {"process_memory_bytes": float(_device().memory_allocated())}

@@ -24,7 +24,7 @@ from lightlite.errors import MisconfigurationException
 from lightlite.plugins.ddp import DDPStrategy
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Module has a validation_step, but there is no val loader", "ignore:.*holds the state of callbacks that"
+    "ignore:.* has a validation_step, but there is no val loader", "ignore:.*holds the state of callbacks that"
 )
 
 
@@ -190,7 +190,7 @@ class ThawsLater(Module):
         self.factor = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) if self.current_epoch else None
+        return super().training_step(batch, batch_idx) if self.current_epoch else torch.zeros(1, requires_grad=True)
 
     def on_train_epoch_start(self) -> None:
         self.requires_grad_(self.current_epoch == 1)

@@ -73,10 +73,8 @@ def _temporary(target: Path) -> Iterator[tuple[int, str]]:
     """A file beside `target` to write to, open and locked until that is done; removed if it is not renamed."""
     while True:
         handle, path = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED)
-        _lock(handle)
-        if os.path.exists(path):
+        if _keeps(handle, path):
             break
-        os.close(handle)  # somebody swept it away before it was locked
     try:
         yield handle, path
     finally:
@@ -84,13 +82,14 @@ def _temporary(target: Path) -> Iterator[tuple[int, str]]:
         Path(path).unlink(missing_ok=True)
 
 
-def _lock(handle: int) -> bool:
-    """Lock an open file; False where another process has it locked, or the file system knows no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _keeps(handle: int, path: str) -> bool:
+    """Lock a new file or folder, after whoever sweeps has it; False, and `handle` closed, where it was swept away."""
+    with suppress(OSError):  # where the file system knows no locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    if os.path.exists(path):
+        return True
+    os.close(handle)
+    return False
 
 
 def _sweep(folder: Path) -> None:
@@ -99,8 +98,8 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY)
             try:
-                if _lock(handle):
-                    files.remove(path)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error, where its writer lives
+                files.remove(path)
             finally:
                 os.close(handle)
 
@@ -165,11 +164,14 @@ def _temporary_folder(target: Path) -> Iterator[str]:
     """A folder beside `target` to write into, locked until that is done; removed if it is not renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
-    path = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED)
+    while True:
+        path = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED)
+        with suppress(FileNotFoundError):  # it was swept away
+            handle = os.open(path, os.O_RDONLY)
+            if _keeps(handle, path):
+                break
     os.chmod(path, 0o777 & ~_umask())
-    handle = os.open(path, os.O_RDONLY)
     try:
-        _lock(handle)
         yield path
     finally:
         os.close(handle)

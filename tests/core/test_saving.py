@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -156,6 +159,34 @@ def test_it_can_be_sent_to_other_ranks(tmp_path: Path) -> None:
     copy.teardown()
     writer.teardown()
     assert [storage.read(tmp_path / name)["a"] for name in ("x.ckpt", "y.ckpt")] == [1, 2]
+
+
+@pytest.mark.parametrize("removes", [True, False])
+def test_a_writer_waits_for_who_takes_its_new_file_for_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removes: bool
+) -> None:
+    make, sweepers = tempfile.mkstemp, []
+
+    def swept_at_once(**where: Any) -> tuple[int, str]:
+        handle, path = make(**where)
+        if not sweepers:
+            other = os.open(path, os.O_RDONLY)
+            fcntl.flock(other, fcntl.LOCK_EX)
+
+            def finish() -> None:
+                if removes:
+                    os.unlink(path)
+                os.close(other)
+
+            sweepers.append(threading.Timer(0.3, finish))
+            sweepers[0].start()
+        return handle, path
+
+    monkeypatch.setattr(tempfile, "mkstemp", swept_at_once)
+    storage.write({"a": 1}, tmp_path / "x.ckpt")
+    sweepers[0].join()
+    assert storage.read(tmp_path / "x.ckpt")["a"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
 
 
 def test_a_plugin_of_ones_own_reads_and_writes(tmp_path: Path) -> None:

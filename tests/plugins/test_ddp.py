@@ -7,7 +7,7 @@ import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import in_another_run, run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.functional import cross_entropy
@@ -64,7 +64,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 
 def connected(ranks: Ranks, **options: Any) -> DDPStrategy:
     strategy = DDPStrategy(**options)
-    strategy.connect(CPUAccelerator(), CPU, ranks)
+    strategy.connect(CPUAccelerator(), CPU, in_another_run(ranks))
     return strategy
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("moments", [("--trials", "3", "--seed", "2"), ("--operations", "17")])
+@pytest.mark.parametrize("moments", [("--trials", "2", "--seed", "2"), ("--operations", "17")])
 def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(moments: tuple[str, ...]) -> None:
     program = Path(__file__).with_name("kill_resume.py")
     command = [sys.executable, str(program), "--workers", "2", *moments]

@@ -39,6 +39,7 @@ from measuring import (
     write_json,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 REFERENCE, SYNC, ASYNC = "torch.save", "lightlite", "lightlite, async"
 MOST_OF_SYNC = 0.15
@@ -103,7 +104,7 @@ def saving(way: str, package: str, megabytes: int, folder: str) -> Variant:
             max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, plugins=plugins,
             enable_progress_bar=False, enable_model_summary=False, callbacks=[Hook()], default_root_dir=folder,
         )  # fmt: skip
-        trainer.fit(make_module(pl, megabytes), [torch.ones(1)] * SAVES)
+        trainer.fit(make_module(pl, megabytes), DataLoader(torch.ones(SAVES, 1)))
         os.remove(path)
         return saves.figures
 

@@ -12,7 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROGRAMS = {
-    "checkpoint": ["--megabytes", "1"],
+    "checkpoint": ["--megabytes", "1", "--rivals"],
     "overhead": ["--only", "validate", "--steps", "20", "--warmup", "0"],
     "predict": ["--rows", "1000", "--devices", "2"],
     "scaling": ["--model", "mlp", "--devices", "1", "--steps", "2", "--warmup", "1", "--accelerator", "cpu"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,12 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@functools.cache
 def import_what_optimizers_need() -> None:
-    """Have torch import what it puts off until the first optimizer is made, the greater part of torch.compile."""
+    """Have torch import what it puts off until the first optimizer is made, the greater part of torch.compile.
+
+    Once a process: a later fit leaves what is young for the collector to find soon, such as the last fit's module.
+    """
     import torch
 
     with without_collections():

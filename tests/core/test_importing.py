@@ -45,6 +45,24 @@ def test_the_collector_is_enabled_again_after_an_error() -> None:
     assert gc.isenabled()
 
 
+def test_garbage_of_a_fit_is_not_kept_as_long_lived_by_the_next() -> None:
+    printed = python(
+        "import gc\n"
+        "from lightlite import Trainer\n"
+        "from lightlite.demos.boring_classes import BoringModel\n"
+        "quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator='cpu')\n"
+        "def fit(): Trainer(max_steps=1, **quiet).fit(BoringModel())\n"
+        "fit()\n"
+        "gc.collect()\n"
+        "gc.disable()\n"
+        "cycle = []\n"
+        "cycle.append(cycle)\n"
+        "fit()\n"
+        "print(any(each is cycle for each in gc.get_objects(0)))\n"
+    )
+    assert printed.split() == ["True"]
+
+
 def test_a_fit_has_torch_import_the_rest_before_the_ranks_meet() -> None:
     printed = python(
         "import sys\n"
